@@ -1,0 +1,1 @@
+"""Operations with one contract and several implementations: see `registry`."""

@@ -1,0 +1,203 @@
+"""The update of one sampling step for every solver: a linear combination whose coefficients are rows of a table."""
+
+import torch
+
+from fastdiff.ops import native
+from fastdiff.ops.philox_normal import philox_normal
+from fastdiff.ops.registry import op
+
+MAX_OUTPUTS, MAX_SLOTS = 4, 5
+# columns of `coef`; the first two groups make the prediction h, the others the next state
+COEF = (
+    *("a", "b0", "b1", "b2", "b3", "d", "lo", "hi"),
+    *("A", "B", "R", "S0", "S1", "S2", "S3", "S4", "C0", "C1", "D", "E", "c_in"),
+)
+META = ("slot_h", "slot_x", "step0", "stream0", "step1", "stream1")  # columns of `meta`
+_STATE_TYPES = (torch.float32, torch.float64)
+_MODEL_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def check(x, history, model_input, tick, outputs, source, aux, coef, meta, rows, seed) -> None:
+    """Raises TypeError or ValueError, naming the argument, before any work."""
+    B, shape = x.shape[0] if x.dim() else 0, x.shape[1:]
+    _expect(
+        "x", x.dim() >= 1 and x.is_contiguous(), "contiguous [B, ...]", f"{list(x.shape)} with strides {x.stride()}"
+    )
+    _expect("x", x.dtype in _STATE_TYPES, "float32 or float64", x.dtype, TypeError)
+    _expect(
+        "history",
+        history.shape[1:] == x.shape and history.shape[0] <= MAX_SLOTS,
+        f"[S <= 5, *{list(x.shape)}]",
+        list(history.shape),
+    )
+    _expect(
+        "history",
+        history.is_contiguous() and history.dtype == x.dtype,
+        f"contiguous {x.dtype}",
+        history.dtype,
+        TypeError,
+    )
+    _expect("model_input", model_input.shape[1:] == x.shape, f"[G, *{list(x.shape)}]", list(model_input.shape))
+    _expect(
+        "model_input",
+        model_input.is_contiguous() and model_input.dtype in _MODEL_TYPES,
+        "contiguous floats",
+        model_input.dtype,
+        TypeError,
+    )
+    _expect("tick", tick.dtype == torch.int32 and tick.shape == (1,), "int32 [1]", f"{tick.dtype} {list(tick.shape)}")
+    _expect("outputs", len(outputs) <= MAX_OUTPUTS, "at most 4 tensors", len(outputs))
+    for m in outputs:
+        rows_ok = m.dim() == x.dim() and (source is not None or m.shape[0] == B)
+        _expect("outputs", rows_ok and m.shape[1:] == shape, f"[B or M, *{list(shape)}]", list(m.shape))
+        _expect("outputs", m.dtype in _MODEL_TYPES, "floats", m.dtype, TypeError)
+    if source is not None:
+        _expect(
+            "source",
+            source.dtype == torch.int32 and source.is_contiguous() and source.shape == (len(outputs), B),
+            f"int32 [{len(outputs)}, {B}]",
+            f"{source.dtype} {list(source.shape)}",
+        )
+    if aux is not None:
+        _expect(
+            "aux",
+            aux.shape == x.shape and aux.dtype == x.dtype and aux.is_contiguous(),
+            f"contiguous {x.dtype} {list(x.shape)}",
+            f"{aux.dtype} {list(aux.shape)}",
+        )
+    C, E = _channels(x)
+    field = coef.dim() == 4 and coef.shape[2] in (1, C) and coef.shape[3] in (1, E)
+    _expect(
+        "coef",
+        coef.shape[1:2] == (len(COEF),) and (coef.dim() == 2 or field),
+        f"[R, {len(COEF)}] or [R, {len(COEF)}, 1 or {C}, 1 or {E}]",
+        list(coef.shape),
+    )
+    _expect("coef", coef.dtype == x.dtype, x.dtype, coef.dtype, TypeError)
+    _expect(
+        "meta",
+        meta.dtype == torch.int32 and meta.is_contiguous() and meta.shape == (coef.shape[0], len(META)),
+        f"contiguous int32 [{coef.shape[0]}, {len(META)}]",
+        f"{meta.dtype} {list(meta.shape)}",
+    )
+    _expect(
+        "rows",
+        rows.dtype == torch.int32 and rows.is_contiguous() and rows.dim() == 2 and rows.shape[1] == B,
+        f"contiguous int32 [T, {B}]",
+        f"{rows.dtype} {list(rows.shape)}",
+    )
+    _expect(
+        "seed",
+        seed.dtype == torch.int64 and seed.is_contiguous() and seed.shape == (B,),
+        f"contiguous int64 [{B}]",
+        f"{seed.dtype} {list(seed.shape)}",
+    )
+    others = (
+        history,
+        model_input,
+        tick,
+        *outputs,
+        coef,
+        meta,
+        rows,
+        seed,
+        *(t for t in (source, aux) if t is not None),
+    )
+    if any(t.device != x.device for t in others):
+        raise ValueError(f"solver_step: all tensors must be on {x.device}; move the others there")
+
+
+def _expect(name: str, ok: bool, expected, got, error: type = ValueError) -> None:
+    if not ok:
+        raise error(f"solver_step: {name} must be {expected}, got {got}")
+
+
+def _channels(x: torch.Tensor) -> tuple[int, int]:
+    """x seen as [B, C, E]: the second dimension and the product of the rest."""
+    C = x.shape[1] if x.dim() > 1 else 1
+    return C, x[0].numel() // max(C, 1) if x.shape[0] else 0
+
+
+@op(mutates=("x", "history", "model_input", "tick"), check=check)
+def solver_step(
+    x: torch.Tensor,
+    history: torch.Tensor,
+    model_input: torch.Tensor,
+    tick: torch.Tensor,
+    outputs: list[torch.Tensor],
+    source: torch.Tensor | None,
+    aux: torch.Tensor | None,
+    coef: torch.Tensor,
+    meta: torch.Tensor,
+    rows: torch.Tensor,
+    seed: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Applies one row of a solver table to every sample, in place, in one pass over memory.
+
+    x            [B, C, ...] float32 or float64: the state; overwritten
+    history      [S, B, C, ...] dtype of x, S <= 5: slots with earlier predictions or states; overwritten
+    model_input  [G, B, C, ...] any float: receives c_in * x' once per copy (G may be 0), unless c_in is 0
+    tick         [1] int32: the current line of `rows`; incremented at the end
+    outputs      up to 4 x [M, C, ...] any float, any strides: raw model outputs m_j
+    source       [J, B] int32: sample b reads outputs[j][source[j, b]]; None means row b
+    aux          [B, C, ...] dtype of x, or None: a second known endpoint u (zero coefficients when None)
+    coef         [R, 21] or [R, 21, 1 or C, 1 or E] dtype of x, any strides (E = elements per channel); columns COEF
+    meta         [R, 6] int32; columns META. Slots are -1 for "do not store"
+    rows         [T, B] int32: the table row of each sample at each tick; -1 leaves the sample untouched
+    seed         [B] int64: noise key of each sample
+
+        raw = a x + sum_j b_j m_j + d u                                h = clamp(raw, lo, hi)
+        x'  = A x + B h + R raw + sum_s S_s history[s] + C0 z(step0, stream0) + C1 z(step1, stream1) + D u + E
+        history[slot_x] = x;  history[slot_h] = h;  x = x';  model_input[g] = c_in x'
+
+    z is `philox_normal` of (seed, step, stream). Everything is computed in the dtype of x, in the order written. An operand
+    whose coefficient is exactly zero for the whole sample is not read, so it may be uninitialised.
+    """
+    new_x, new_history, new_input = x.clone(), history.clone(), model_input.clone()
+    for b in range(x.shape[0]):
+        r = int(rows[int(tick), b])
+        if r < 0:
+            continue
+        k = dict(zip(COEF, _fields(coef[r], x), strict=True))
+        slot_h, slot_x, step0, stream0, step1, stream1 = meta[r].tolist()
+        m = [y[b if source is None else int(source[j, b])].to(x.dtype) for j, y in enumerate(outputs)]
+        u = None if aux is None else aux[b]
+        raw = _combine(x[b], [(k["a"], x[b]), *((k[f"b{j}"], m[j]) for j in range(len(m))), (k["d"], u)])
+        h = torch.minimum(torch.maximum(raw, k["lo"]), k["hi"])
+        slots = [(k[f"S{s}"], history[s, b]) for s in range(history.shape[0])]
+        noise = [
+            (k[c], _noise(x[b], seed[b], *at, k[c])) for c, at in (("C0", (step0, stream0)), ("C1", (step1, stream1)))
+        ]
+        one = torch.ones_like(x[b])
+        new_x[b] = _combine(
+            x[b], [(k["A"], x[b]), (k["B"], h), (k["R"], raw), *slots, *noise, (k["D"], u), (k["E"], one)]
+        )
+        if slot_x >= 0:
+            new_history[slot_x, b] = x[b]
+        if slot_h >= 0:
+            new_history[slot_h, b] = h
+        if bool((k["c_in"] != 0).any()):
+            new_input[:, b] = (k["c_in"] * new_x[b]).to(model_input.dtype)
+    return new_x, new_history, new_input, tick + 1
+
+
+def _fields(coef: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
+    """One row of coefficients, each expanded to the shape of a sample."""
+    C, E = _channels(x)
+    fields = coef.reshape(len(COEF), *(coef.shape[1:] or (1, 1))).expand(-1, C, E)
+    return list(fields.reshape(len(COEF), *x.shape[1:]))
+
+
+def _combine(like: torch.Tensor, terms: list) -> torch.Tensor:
+    total = torch.zeros_like(like)
+    for coefficient, value in terms:
+        if value is not None and bool((coefficient != 0).any()):
+            total = total + coefficient * value
+    return total
+
+
+def _noise(like: torch.Tensor, seed: torch.Tensor, step: int, stream: int, coefficient: torch.Tensor):
+    if not bool((coefficient != 0).any()):
+        return None
+    key = [torch.tensor([value], dtype=torch.int32, device=like.device) for value in (step, stream)]
+    return philox_normal.reference(seed.reshape(1), *key, like.numel()).reshape(like.shape).to(like.dtype)

@@ -1,0 +1,184 @@
+"""SolverTable: a solver compiled for one process and one list of noise levels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastdiff.ops.solver_step import COEF, MAX_SLOTS, META
+from fastdiff.process import PREDICTIONS, Level, Process, convert
+from fastdiff.solvers.row import Row, Solver
+
+_COLUMN = {name: index for index, name in enumerate(COEF)}
+_INVARIANT_TOLERANCE = 1e-9  # of the largest term; far below any table error that matters, far above rounding
+
+
+@dataclass(frozen=True, eq=False)
+class SolverTable:
+    """Rows for `ops.solver_step`, in float64. Checks itself on construction.
+
+    coef      [R, 21] columns `ops.solver_step.COEF`; b0 is the conversion factor of the guided prediction
+    meta      [R, 6] int32, columns META
+    time      [R] the model's time input of each call
+    step      [R] the solver step that each call belongs to
+    rows      the rows that it was made of
+    slots     history slots needed
+    c_in      [R] factor on the state before each call
+    """
+
+    solver: Solver
+    prediction: str | tuple[float, float, float]
+    rows: tuple[Row, ...]
+    coef: np.ndarray
+    meta: np.ndarray
+    time: np.ndarray
+    step: np.ndarray
+    c_in: np.ndarray
+    slots: int
+
+    def __post_init__(self):
+        if not np.all(np.isfinite(self.coef[:, [i for n, i in _COLUMN.items() if n not in ("lo", "hi")]])):
+            raise ValueError(
+                f"SolverTable: {self.solver.name} has coefficients that are not finite on these noise levels"
+            )
+        check_rows(self.rows, self.solver.exact, self.solver.history)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def start(self) -> Level:
+        """The level of the initial state: sigma times noise (+ mean u)."""
+        return self.rows[0].at
+
+    @property
+    def end(self) -> Level:
+        """The level at which the trajectory ends."""
+        return self.rows[-1].to
+
+    @property
+    def steps(self) -> int:
+        """Number of solver steps."""
+        return int(self.step[-1]) + 1
+
+
+def compile_table(
+    solver: Solver,
+    levels: Sequence[Level],
+    process: Process,
+    prediction: str | tuple[float, float, float] = "noise",
+    clamp: tuple[float, float] | None = None,
+) -> SolverTable:
+    """Compiles a solver for one list of noise levels.
+
+    levels      n + 1 levels, noise falling; the last is where the trajectory ends
+    prediction  what the network returns: a key of PREDICTIONS or a linear mix (p, q, r)
+    clamp       bounds on the prediction h (of the data), or None
+
+    Raises ValueError when the levels are fewer than two or not monotonic.
+    """
+    check_levels(levels)
+    rows = tuple(solver.rows(list(levels), process, **solver.options))
+    meta, slot_of = _assign_slots(rows)
+    coef = np.zeros((len(rows), len(COEF)))
+    lo, hi = clamp if clamp is not None else (-np.inf, np.inf)
+    c_in = np.array([process.input_scale(row.at) for row in rows])
+    for r, row in enumerate(rows):
+        a, b, d = convert(prediction, solver.history, row.at)
+        put = {"a": a, "b0": b, "d": d, "lo": lo, "hi": hi, "A": row.A, "B": row.B.get(r, 0.0), "R": row.R, "D": row.D}
+        for key, value in _slot_terms(r, row, slot_of).items():
+            put[f"S{key}"] = value
+        for name, noise in zip(("C0", "C1"), row.noise, strict=False):
+            put[name] = noise.scale
+        put["c_in"] = c_in[r + 1] if r + 1 < len(rows) else 0.0
+        for name, value in put.items():
+            coef[r, _COLUMN[name]] = value
+    time = np.array([row.at.time for row in rows])
+    step = np.array([row.step for row in rows])
+    slots = 1 + max((int(meta[:, :2].max()), -1)) if len(rows) else 0
+    return SolverTable(solver, prediction, rows, coef, meta, time, step, c_in, slots)
+
+
+def check_levels(levels: Sequence[Level]) -> None:
+    """Raises ValueError unless the noise falls (or, for inversion, rises) strictly."""
+    if len(levels) < 2:
+        raise ValueError(f"noise levels: at least 2 are needed (1 step), got {len(levels)}")
+    kappa = np.array([level.kappa for level in levels])
+    if np.isnan(kappa).any():
+        raise ValueError("noise levels: NaN found; give finite, non-negative noise levels")
+    with np.errstate(invalid="ignore"):
+        change = np.diff(kappa)
+    change[np.isinf(kappa[:-1]) & np.isfinite(kappa[1:])] = -1.0
+    if not (np.all(change < 0) or np.all(change > 0)):
+        at = int(np.argmax(change >= 0)) if change[0] < 0 else int(np.argmax(change <= 0))
+        raise ValueError(
+            f"noise levels: must be strictly monotonic, got {kappa[at]:g} then {kappa[at + 1]:g} at step {at}"
+        )
+
+
+def _assign_slots(rows: Sequence[Row]) -> tuple[np.ndarray, dict[tuple[str, int], int]]:
+    """Gives every prediction and state that a later row reads a history slot, and reuses slots that are free."""
+    last_use: dict[tuple[str, int], int] = {}
+    for r, row in enumerate(rows):
+        for kind, reads in (("h", row.B), ("x", row.X)):
+            last_use.update({(kind, k): r for k in reads if k < r})
+    meta = np.zeros((len(rows), len(META)), dtype=np.int32)
+    slot_of: dict[tuple[str, int], int] = {}
+    busy: dict[int, tuple[str, int]] = {}
+    for r, row in enumerate(rows):
+        # a slot whose last reader is this row may be overwritten by it: elements are read before they are written
+        busy = {slot: key for slot, key in busy.items() if last_use[key] > r}
+        for column, kind in enumerate("hx"):
+            meta[r, column] = -1
+            if last_use.get((kind, r), -1) > r:
+                slot = next(s for s in range(len(rows) + 2) if s not in busy)
+                busy[slot], slot_of[kind, r], meta[r, column] = (kind, r), slot, slot
+        if busy and max(busy) >= MAX_SLOTS:
+            raise ValueError(f"SolverTable: row {r} needs {max(busy) + 1} history slots, there are {MAX_SLOTS}")
+        for place, noise in enumerate(row.noise):
+            meta[r, 2 + 2 * place : 4 + 2 * place] = noise.step, noise.stream
+    return meta, slot_of
+
+
+def _slot_terms(r: int, row: Row, slot_of: dict) -> dict[int, float]:
+    reads = {("h", k): v for k, v in row.B.items() if k < r} | {("x", k): v for k, v in row.X.items() if k < r}
+    return {slot_of[key]: value for key, value in reads.items() if value != 0.0}
+
+
+def check_rows(
+    rows: Sequence[Row], exact: frozenset[str], history: str, tolerance: float = _INVARIANT_TOLERANCE
+) -> float:
+    """Checks the invariants that a solver claims (solver exact on constant data, on constant noise, in variance).
+
+    Returns the largest violation relative to the largest term; raises ValueError above the tolerance.
+    """
+    worst = 0.0
+    for r, row in enumerate(rows):
+        for name, terms, want in _invariants(r, row, rows, history):
+            if name in exact:
+                error = abs(float(np.sum(terms)) - want) / max(float(np.max(np.abs(terms))), abs(want), 1e-30)
+                worst = max(worst, error)
+                if not error <= tolerance:
+                    raise ValueError(f"SolverTable: row {r} is not exact for constant {name} (off by {error:.1e})")
+    return worst
+
+
+def _invariants(r: int, row: Row, rows: Sequence[Row], history: str):
+    """(name, terms, wanted sum): what constant data, constant noise and the marginal variance demand of a row."""
+    own = {**row.B, r: row.B.get(r, 0.0) + row.R}
+    values = {k: _history_value(rows[k].at, history) for k in own}
+    level = [(row.A, row.at), *((v, rows[k].at) for k, v in row.X.items())]
+    data = [v * at.alpha for v, at in level] + [own[k] * values[k][0] for k in own]
+    noise = [v * at.sigma for v, at in level] + [own[k] * values[k][1] for k in own]
+    yield "data", data, row.to.alpha
+    if not row.noise:
+        yield "noise", noise, row.to.sigma
+    if history == "data":
+        yield "variance", [float(np.sum(noise)) ** 2, *(n.scale**2 for n in row.noise)], row.to.sigma**2
+    yield "mean", [v * at.mean for v, at in level] + [row.D], row.to.mean
+
+
+def _history_value(level: Level, history: str) -> tuple[float, float]:
+    """(coefficient of x0, of noise) in a prediction of type `history` at a level."""
+    p, q, r = PREDICTIONS[history](level)
+    return p + r * level.alpha, q + r * level.sigma
