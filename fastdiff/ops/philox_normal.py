@@ -60,7 +60,7 @@ def philox_normal(seed: torch.Tensor, step: torch.Tensor, stream: torch.Tensor, 
     counter = [(block & _MASK).expand_as(rows[0]), (block >> 32).expand_as(rows[0]), *(row & _MASK for row in rows)]
     words = _philox(counter, seed[:, None] & _MASK, (seed[:, None] >> 32) & _MASK)
     pairs = [*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])]
-    return torch.stack(pairs, dim=-1).reshape(seed.numel(), -1)[:, :n].contiguous()
+    return torch.stack(pairs, dim=-1).reshape(seed.numel(), 4 * block.numel())[:, :n].contiguous()
 
 
 def _philox(counter: list[torch.Tensor], key0: torch.Tensor, key1: torch.Tensor) -> list[torch.Tensor]:

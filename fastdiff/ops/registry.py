@@ -124,6 +124,11 @@ class Op:
         device = self._device(args)
         return {variant.name: variant.why_not(device, args) or "" for variant in self.variants}
 
+    def preferred(self, device: str) -> str:
+        """Name of the variant that serves ordinary calls on a device type ("cpu" or "cuda")."""
+        forced = forced_backend()
+        return forced or next(v.name for v in self.variants if self._usable(v, device))
+
     def _pick_forced(self, name: str, device: str, args: tuple) -> Variant:
         reasons = []
         for variant in self.variants:

@@ -1,0 +1,223 @@
+"""Sampler: one fixed-step loop for every solver, denoiser and state."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from fastdiff import loop
+from fastdiff.carry import Carry, Hook
+from fastdiff.initial import initial_leaf
+from fastdiff.plan import Plan, RowSettings, make_plan
+from fastdiff.process import PREDICTIONS, Process, VPDiscrete
+
+_RUN_SETTINGS = ("aux", "hooks", "device", "dtype", "guard", "graph")
+State = torch.Tensor | dict | list | tuple  # a tensor or a pytree of tensors that share their first dimension
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What `Sampler.step` yields after every model call.
+
+    tick   index of the call, counted from 0
+    x      the state after it (a copy)
+    done   [B] bool: samples that have finished
+    """
+
+    tick: int
+    x: State
+    done: torch.Tensor
+
+
+class Cancelled(RuntimeError):
+    """Raised by `Sampler.sample` when its `cancel` event is set; `step` is the last finished step."""
+
+    def __init__(self, step: Step | None):
+        super().__init__(
+            "sampling was cancelled" + (f" after call {step.tick + 1}" if step else " before the first call")
+        )
+        self.step = step
+
+
+class Sampler:
+    """Samples from a denoiser with any solver; every sample of a batch may have its own.
+
+    net         called as net(x, t, **cond) with x [M, ...], t [M] float32 and conditioning of M rows; returns a tensor
+                (or pytree) like x. Rows of different samples and branches are mixed in one call.
+    prediction  what net returns: a key of `fastdiff.process.PREDICTIONS` or a mix (p, q, r): p x0 + q noise + r x
+    process     the noise process; VPDiscrete() (linear betas, 1000 steps) when None
+    micro_batch rows per call of net; None means all at once. With 1 the result of a sample does not depend on its batch
+                even where the network's own kernels do.
+    model_dtype dtype of net's input; that of its first floating parameter when None
+
+    The state is float32 (or float64), whatever the model's dtype. A Sampler holds no running state: it may serve several
+    threads if its net may.
+    """
+
+    def __init__(
+        self,
+        net: Callable[..., State],
+        *,
+        prediction: str | tuple[float, float, float] = "noise",
+        process: Process | None = None,
+        micro_batch: int | None = None,
+        model_dtype: torch.dtype | None = None,
+    ):
+        if not callable(net):
+            raise TypeError(f"Sampler: net must be callable as net(x, t, **cond), got {type(net).__name__}")
+        if isinstance(prediction, str) and prediction not in PREDICTIONS:
+            raise ValueError(f"Sampler: unknown prediction {prediction!r}; known are {', '.join(PREDICTIONS)}")
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f"Sampler: micro_batch must be >= 1 or None, got {micro_batch}")
+        self.net, self.prediction, self.micro_batch = net, prediction, micro_batch
+        self.process = VPDiscrete() if process is None else process
+        self.model_dtype = model_dtype
+
+    def plan(self, batch: int, **settings) -> Plan:
+        """Compiles what `sample` would run, for `batch` samples.
+
+        Settings are the fields of RowSettings; each is one value for all samples or a list with one per sample.
+        Raises ValueError for unknown solvers (listing the keys), bad values and lists of the wrong length.
+        """
+        return make_plan(_row_settings(batch, settings), self.process, self.prediction)
+
+    def sample(
+        self,
+        shape: Sequence[int] | None = None,
+        *,
+        x: State | None = None,
+        cond: Mapping | None = None,
+        negative: Mapping | None = None,
+        seed: int | Sequence[int] = 0,
+        progress: bool = False,
+        cancel: threading.Event | None = None,
+        **settings,
+    ) -> State:
+        """Samples and returns the final state.
+
+        shape     [B, ...] of the state; or give `x`
+        x         the initial state (tensor or pytree, first dimension B), at the plan's first noise level
+        cond      keyword arguments of net for the conditional branch: tensors with first dimension B, or other values
+        negative  the same for the negative branch; needed where guidance is not 1
+        seed      one seed per sample, or an integer s: sample b then has seed s + b
+        progress  show a progress bar
+        cancel    when set, raises Cancelled (with the last step) before the next call
+
+        Further settings: those of `step` (aux, hooks, device, dtype, guard) and of `plan` (solver, steps, guidance, spacing,
+        final, clamp), each one value or one per sample. The same seed gives the same noise whatever the batch, the
+        device and the thread count. B = 0 returns an empty state. Non-finite values raise NonFiniteError, naming the step.
+        """
+        run = self._start(shape, x, cond, negative, seed, settings)
+        bar = loop.progress_bar(run.carry.plan.ticks, progress)
+        last = None
+        with torch.no_grad(), bar:
+            for tick in range(run.carry.plan.ticks):
+                if cancel is not None and cancel.is_set():
+                    raise Cancelled(last)
+                run.advance()
+                if cancel is not None:
+                    last = _snapshot(run.carry, tick, run.structure)
+                bar.update(1)
+            run.check_finite()
+        return tree_unflatten([leaf.x for leaf in run.carry.leaves], run.structure)
+
+    def step(
+        self,
+        shape: Sequence[int] | None = None,
+        *,
+        x: State | None = None,
+        cond: Mapping | None = None,
+        negative: Mapping | None = None,
+        seed: int | Sequence[int] = 0,
+        **settings,
+    ) -> Iterator[Step]:
+        """Yields a Step after every model call; arguments as in `sample`. Closing the generator stops cleanly.
+
+        aux     the known endpoint u of processes with a mean, like x
+        hooks   `fastdiff.carry.Hook` objects, called in order
+        device  where to sample; that of x or of net's parameters when None
+        dtype   float32 or float64 of the state
+        guard   check for NaN and Inf (once, at the end; the error names the step)
+        graph   on a GPU, capture one step as a CUDA graph and replay it (the network must be capturable)
+        """
+        run = self._start(shape, x, cond, negative, seed, settings)
+        for tick in range(run.carry.plan.ticks):
+            with torch.no_grad():
+                run.advance()
+            yield _snapshot(run.carry, tick, run.structure)
+        run.check_finite()
+
+    def initial_state(self, shape: Sequence[int], plan: Plan, seed: int | Sequence[int], device="cpu") -> torch.Tensor:
+        """The noise that `sample` starts from, [B, ...] float32 at the plan's first level."""
+        device = torch.device(device)
+        leaf = initial_leaf(
+            0, tuple(shape), None, None, plan, _seeds(seed, shape[0], device), *[torch.float32] * 2, device
+        )
+        return leaf.x
+
+    def _start(self, shape, x, cond, negative, seed, settings) -> "loop.Run":
+        own = {name: settings.pop(name) for name in _RUN_SETTINGS if name in settings}
+        options = loop.RunOptions(**own, micro_batch=self.micro_batch, model_dtype=self.model_dtype)
+        device = options.resolve_device(self.net, x)
+        shapes, structure, given = _state_shapes(shape, x)
+        batch = shapes[0][0]
+        seeds = _seeds(seed, batch, device)
+        plan = self.plan(batch, **settings)
+        conditioning = loop.Conditioning.check(cond, negative, batch, plan, device)
+        return loop.Run.begin(self.net, plan, shapes, structure, given, seeds, conditioning, options, device)
+
+
+def _row_settings(batch: int, settings: Mapping) -> list[RowSettings]:
+    known = RowSettings.__dataclass_fields__
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise ValueError(
+            f"Sampler: unknown setting {unknown[0]!r}; known are {', '.join((*known, *_RUN_SETTINGS))}"
+        )
+    columns = {name: _per_row(name, value, batch) for name, value in settings.items()}
+    if batch == 0:
+        return []
+    return [RowSettings(**{name: column[b] for name, column in columns.items()}) for b in range(batch)]
+
+
+def _per_row(name: str, value, batch: int) -> list:
+    if not isinstance(value, list):
+        return [value] * batch
+    if len(value) != batch:
+        raise ValueError(
+            f"{name}: one value per sample expected ({batch}), got {len(value)}; give one value or {batch}"
+        )
+    return value
+
+
+def _seeds(seed: int | Sequence[int], batch: int, device: torch.device) -> torch.Tensor:
+    values = [seed + b for b in range(batch)] if isinstance(seed, int) else [int(s) for s in seed]
+    if len(values) != batch:
+        raise ValueError(f"seed: one per sample expected ({batch}), got {len(values)}")
+    return torch.tensor([(s + 2**63) % 2**64 - 2**63 for s in values], dtype=torch.int64, device=device)
+
+
+def _state_shapes(shape, x):
+    """Shapes of the leaves, the pytree's structure, and the given leaves or None."""
+    if (shape is None) == (x is None):
+        raise ValueError("sample: give either shape or x")
+    if x is None:
+        if len(shape) < 1 or any(not isinstance(n, int) or n < 0 for n in shape):
+            raise ValueError(f"sample: shape must be non-negative integers [B, ...], got {shape!r}")
+        return [tuple(shape)], tree_flatten(0)[1], None
+    leaves, structure = tree_flatten(x)
+    if not leaves or not all(isinstance(leaf, torch.Tensor) and leaf.dim() >= 1 for leaf in leaves):
+        raise TypeError("sample: x must be a tensor or a pytree of tensors with a batch dimension")
+    if any(leaf.shape[0] != leaves[0].shape[0] for leaf in leaves):
+        raise ValueError(f"sample: tensors of x must share the batch size, got {[leaf.shape[0] for leaf in leaves]}")
+    return [tuple(leaf.shape) for leaf in leaves], structure, leaves
+
+
+def _snapshot(carry: Carry, tick: int, structure) -> Step:
+    done = carry.rows[tick + 1] < 0 if tick + 1 < carry.plan.ticks else torch.ones(carry.plan.batch, dtype=torch.bool)
+    return Step(tick, tree_unflatten([leaf.x.clone() for leaf in carry.leaves], structure), done)
+
+
+__all__ = ["Cancelled", "Hook", "Sampler", "Step", "tree_map"]
