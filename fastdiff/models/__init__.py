@@ -1,0 +1,1 @@
+"""The bundled models, their checkpoints, and what the engine accelerates inside the models of others."""
