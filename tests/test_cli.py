@@ -1,0 +1,92 @@
+"""The command line as a user calls it: outputs, files, exit codes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdiff.__main__ import main
+from fastdiff.images import grid, save_png
+
+
+def output(capsys, *arguments) -> dict:
+    code = main([*arguments, "--json"])
+    return {"code": code, **json.loads(capsys.readouterr().out)}
+
+
+def test_info_says_why_a_kernel_cannot_run(capsys):
+    found = output(capsys, "info")
+    assert set(found["kernels"]) >= {"solver_step", "gram", "philox_normal"}
+    for variants in found["kernels"].values():
+        assert variants["reference"] == ""
+        if not torch.cuda.is_available():
+            assert "torch sees no CUDA GPU" in variants["cuda"]
+    assert main(["info"]) in (0, 1)
+    assert "solver_step:" in capsys.readouterr().out
+
+
+def test_sample_writes_a_grid_with_its_recipe(capsys, tmp_path):
+    out = tmp_path / "grid.png"
+    arguments = ["sample", "--count", "3", "--classes", "1", "9", "--steps", "3", "--seed", "5", "--out", str(out)]
+    report = output(capsys, *arguments)
+    image = Image.open(out)
+    recipe = json.loads(image.text["fastdiff"])
+    assert image.size == (3 * 34 + 2, 36) and np.asarray(image).std() > 10
+    assert recipe["plan"] == report["plan"] and recipe["seed"] == 5 and recipe["kernels"]["solver_step"]
+    assert report["network_calls"] == 3 * 3 * 2
+    assert report["max_difference_to_plain_torch"] < 1e-3
+    first = np.asarray(image)
+    output(capsys, *arguments, "--no-compare")
+    assert np.array_equal(np.asarray(Image.open(out)), first)
+
+
+def test_sample_reads_any_folder_and_unconditional_models(capsys, tmp_path):
+    report = output(capsys, "sample", "--model", "bundled:unet", "--count", "1", "--steps", "2", "--solver", "euler-a",
+                    "--out", str(tmp_path / "u.png"))  # fmt: skip
+    assert report["network_calls"] == 2 and "speedup" not in report
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["sample", "--solver", "dpmpp-2"], "dpmpp-2m"),
+        (["sample", "--steps", "0"], "steps: must be an integer >= 1"),
+        (["sample", "--count", "0"], "--count must be >= 1"),
+        (["sample", "--classes", "12"], "labels must be in 0..9"),
+        (["sample", "--model", "bundled:unet", "--classes", "1"], "unconditional"),
+        (["sample", "--model", "no/such/folder"], "no/such/folder"),
+        (["verify", "--solvers", "eulr"], "euler"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_verify_certifies_and_fails(capsys, monkeypatch):
+    assert main(["verify", "--solvers", "ddim", "dpmpp-2m"]) == 0
+    assert "2 passed, 0 failed" in capsys.readouterr().out
+
+
+def test_grid_places_every_image():
+    images = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, 1, 4, 4)
+    sheet = grid(images, columns=3, padding=1)
+    assert sheet.shape == (11, 16)
+    assert [sheet[2 + 5 * (b // 3), 2 + 5 * (b % 3)] for b in range(5)] == [0, 64, 128, 191, 255]
+    with pytest.raises(ValueError, match="images must be"):
+        grid(torch.zeros(0, 1, 4, 4))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    save_png(path, np.zeros((4, 4), np.uint8), {})
+    before = path.read_bytes()
+    monkeypatch.setattr(Image.Image, "save", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_png(path, np.ones((4, 4), np.uint8), {})
+    assert path.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ["a.png"]
