@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .embeddings import check_positive, config_from_dict
+from .embeddings import check_integers, config_from_dict
 
 Tensor = torch.Tensor
 
@@ -25,8 +25,11 @@ class ClassifierConfig:
     FIXED: ClassVar[dict[str, tuple]] = {}
 
     def __post_init__(self) -> None:
-        check_positive(
+        if not isinstance(self.widths, tuple) or not 1 <= len(self.widths) <= 8:
+            raise ValueError(f"ClassifierConfig: widths must be a list of 1 to 8 integers, got {self.widths!r}")
+        check_integers(
             "ClassifierConfig",
+            4096,
             in_channels=self.in_channels,
             sample_size=self.sample_size,
             features=self.features,

@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 from .embeddings import (
     TimestepEmbedding,
-    check_positive,
+    check_eps,
+    check_integers,
+    check_switches,
     config_from_dict,
     grid_sinusoid,
     rows_of_timesteps,
@@ -46,25 +48,32 @@ class DiTConfig:
     }
 
     def __post_init__(self) -> None:
-        check_positive(
+        check_integers(
             "DiTConfig",
+            65536,
             num_attention_heads=self.num_attention_heads,
             attention_head_dim=self.attention_head_dim,
             in_channels=self.in_channels,
-            out_channels=self.out_channels or self.in_channels,
+            out_channels=self.in_channels if self.out_channels is None else self.out_channels,
+            num_embeds_ada_norm=self.num_embeds_ada_norm,
+        )
+        check_integers(
+            "DiTConfig",
+            1024,
             num_layers=self.num_layers,
             sample_size=self.sample_size,
             patch_size=self.patch_size,
-            num_embeds_ada_norm=self.num_embeds_ada_norm,
         )
         if self.sample_size % self.patch_size:
             raise ValueError(
                 f"DiTConfig: sample_size must be a multiple of patch_size, got {self.sample_size} and {self.patch_size}"
             )
-        if not isinstance(self.attention_bias, bool):
-            raise ValueError(f"DiTConfig: attention_bias must be true or false, got {self.attention_bias!r}")
-        if not isinstance(self.norm_eps, float) or not 0 < self.norm_eps < 1:
-            raise ValueError(f"DiTConfig: norm_eps must be between 0 and 1, got {self.norm_eps!r}")
+        if self.hidden % 4 or self.hidden > 65536:
+            raise ValueError(
+                f"DiTConfig: heads times head size must be a multiple of 4 up to 65536, got {self.hidden}"
+            )
+        check_switches("DiTConfig", attention_bias=self.attention_bias)
+        check_eps("DiTConfig", self.norm_eps)
 
     @property
     def hidden(self) -> int:
@@ -82,7 +91,7 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        out_channels = config.out_channels or config.in_channels
+        out_channels = config.in_channels if config.out_channels is None else config.out_channels
         self.pos_embed = PatchEmbed(config)
         self.transformer_blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.num_layers))
         self.norm_out = nn.LayerNorm(config.hidden, eps=1e-6, elementwise_affine=False)

@@ -33,8 +33,9 @@ def grid_sinusoid(dim: int, side: int) -> Tensor:
     if dim % 4:
         raise ValueError(f"grid_sinusoid: dim must be a multiple of 4, got {dim}; change heads or head size")
     quarter = dim // 4
-    freqs = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * freqs
+    # on the CPU also where the weights are built on the meta device: a checkpoint does not hold this table
+    freqs = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
+    angles = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * freqs
     line = torch.cat((angles.sin(), angles.cos()), dim=1)  # [side, dim / 2]
     x = line[None].expand(side, -1, -1)
     y = line[:, None].expand(-1, side, -1)
@@ -80,8 +81,24 @@ def config_from_dict(cls: type, values: dict[str, Any]) -> Any:
     return cls(**known)
 
 
-def check_positive(owner: str, **values: Any) -> None:
-    """Raise ValueError for the first value that is not an integer in 1..2^20."""
+def check_integers(owner: str, limit: int, **values: Any) -> None:
+    """Raise ValueError for the first value that is not an integer in 1..limit.
+
+    The limits stand far above every known model; they keep a hostile configuration from taking the memory.
+    """
     for key, value in values.items():
-        if type(value) is not int or not 1 <= value <= 1 << 20:
-            raise ValueError(f"{owner}: {key} must be an integer from 1 to 2^20, got {value!r}")
+        if type(value) is not int or not 1 <= value <= limit:
+            raise ValueError(f"{owner}: {key} must be an integer from 1 to {limit}, got {value!r}")
+
+
+def check_switches(owner: str, **values: Any) -> None:
+    """Raise ValueError for the first value that is not true or false."""
+    for key, value in values.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{owner}: {key} must be true or false, got {value!r}")
+
+
+def check_eps(owner: str, norm_eps: Any) -> None:
+    """Raise ValueError unless the value is a float between 0 and 1."""
+    if not isinstance(norm_eps, float) or not 0 < norm_eps < 1:
+        raise ValueError(f"{owner}: norm_eps must be between 0 and 1, got {norm_eps!r}")

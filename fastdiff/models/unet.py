@@ -8,7 +8,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from .dit import SelfAttention
-from .embeddings import TimestepEmbedding, check_positive, config_from_dict, rows_of_timesteps, timestep_sinusoid
+from .embeddings import (
+    TimestepEmbedding,
+    check_eps,
+    check_integers,
+    check_switches,
+    config_from_dict,
+    rows_of_timesteps,
+    timestep_sinusoid,
+)
 
 Tensor = torch.Tensor
 # block name -> has attention
@@ -53,23 +61,28 @@ class UNetConfig:
     }
 
     def __post_init__(self) -> None:
-        widths, levels = self.block_out_channels, len(self.block_out_channels)
-        check_positive(
+        widths = self.block_out_channels
+        if not isinstance(widths, tuple) or not 1 <= len(widths) <= 16:
+            raise ValueError(f"UNetConfig: block_out_channels must be a list of 1 to 16 integers, got {widths!r}")
+        check_integers(
             "UNetConfig",
+            65536,
             sample_size=1 if self.sample_size is None else self.sample_size,
             in_channels=self.in_channels,
             out_channels=self.out_channels,
-            layers_per_block=self.layers_per_block,
             attention_head_dim=1 if self.attention_head_dim is None else self.attention_head_dim,
             norm_num_groups=self.norm_num_groups,
             **{f"block_out_channels[{i}]": width for i, width in enumerate(widths)},
         )
+        check_integers("UNetConfig", 64, layers_per_block=self.layers_per_block)
+        check_switches("UNetConfig", flip_sin_to_cos=self.flip_sin_to_cos, add_attention=self.add_attention)
+        check_eps("UNetConfig", self.norm_eps)
         for key, types, table in (
             ("down_block_types", self.down_block_types, DOWN_BLOCKS),
             ("up_block_types", self.up_block_types, UP_BLOCKS),
         ):
-            if not levels or len(types) != levels or any(name not in table for name in types):
-                raise ValueError(f"UNetConfig: {key} must be {levels} of {sorted(table)}, got {types}")
+            if not isinstance(types, tuple) or len(types) != len(widths) or any(name not in table for name in types):
+                raise ValueError(f"UNetConfig: {key} must be {len(widths)} of {sorted(table)}, got {types!r}")
         if self.downsample_padding not in (0, 1) or self.freq_shift not in (0, 1):
             raise ValueError(
                 "UNetConfig: downsample_padding and freq_shift must be 0 or 1, "
@@ -80,8 +93,6 @@ class UNetConfig:
                 f"UNetConfig: block_out_channels {widths} must be multiples of norm_num_groups "
                 f"{self.norm_num_groups} and attention_head_dim {self.attention_head_dim}"
             )
-        if not isinstance(self.norm_eps, float) or not 0 < self.norm_eps < 1:
-            raise ValueError(f"UNetConfig: norm_eps must be between 0 and 1, got {self.norm_eps!r}")
 
     def head_dim(self, width: int) -> int:
         return width if self.attention_head_dim is None else self.attention_head_dim
