@@ -1,0 +1,419 @@
+"""Checkpoints: what is written is read, what is wrong is refused, a crash leaves no torn file."""
+
+import errno
+import io
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdiff.models import checkpoint
+from fastdiff.models.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_atomic
+
+QUANT_RECORD = {"bits": 8, "group": 16, "in_features": 16, "sym": True}
+ONES = struct.pack("<2f", 1.0, 1.0)
+
+
+def packed(header: dict | None, data: bytes = b"", length: int | None = None, raw: bytes | None = None) -> bytes:
+    raw = json.dumps(header).encode() if raw is None else raw
+    return struct.pack("<Q", len(raw) if length is None else length) + raw + data
+
+
+def record(shape: list, offsets: list, dtype: str = "F32", **more: str) -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}
+
+
+def quantized(layer: dict | None, scales: dict | None = None, data: bytes = bytes(32) + ONES) -> bytes:
+    header = {"__metadata__": {"fastdiff.quant": json.dumps({"l": layer} if layer else {})}}
+    header["l.qweight"] = record([2, 16], [0, 32], "U8")
+    return packed(header | ({"l.scales": scales} if scales else {}), data)
+
+
+def quantized_good() -> bytes:
+    return quantized(QUANT_RECORD, record([2, 1], [32, 40]))
+
+
+def header_attacks() -> Iterator[tuple[str, bytes]]:
+    z = bytes(16)
+    one = record([4], [0, 16])
+    text = b'"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,16]}'
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("archive/data.pkl", pickle.dumps(1))
+    yield "empty", b""
+    yield "seven bytes", bytes(7)
+    yield "length 2^64-1", packed({}, length=2**64 - 1)
+    yield "length 2^63", packed({}, length=2**63)
+    yield "length one past the end", packed({}, length=3)
+    yield "header cut short", packed({"a": one}, z)[:20]
+    yield "length 99 MB on a tiny file", packed({}, length=99_000_000)
+    yield "not utf-8", packed(None, raw=b'{"\xff\xfe":1}')
+    yield "not json", packed(None, raw=b"{hello}")
+    yield "json array", packed(None, raw=b"[]")
+    yield "deep nesting", packed(None, raw=b'{"a":' + b"[" * 100000 + b"]" * 100000 + b"}")
+    yield "duplicate tensor", packed(None, z, raw=b"{" + text % b"4" + b"," + text % b"4" + b"}")
+    yield "NaN in header", packed(None, z, raw=b"{" + text % b"NaN" + b"}")
+    yield "4000-digit integer", packed(None, z, raw=b"{" + text % (b"9" * 4000) + b"}")
+    yield "float dims", packed({"a": record([4.0], [0, 16])}, z)
+    yield "bool dims", packed({"a": record([True, 4], [0, 16])}, z)
+    yield "string dims", packed({"a": record(["4"], [0, 16])}, z)
+    yield "negative dim", packed({"a": record([-4], [0, 16])}, z)
+    yield "product wraps 2^64 to 4", packed({"a": record([4194305, 4194305, 211106198978564], [0, 16])}, z)
+    yield "numel over data", packed({"a": record([5], [0, 16])}, z)
+    yield "end before begin", packed({"a": record([0], [16, 0])}, z)
+    yield "end past file", packed({"a": record([8], [0, 32])}, z)
+    yield "offset 2^63", packed({"a": record([4], [2**63, 2**63 + 16])}, z)
+    yield "overlap", packed({"a": one, "b": one}, z)
+    yield "gap", packed({"a": record([2], [0, 8]), "b": record([1], [12, 16])}, z)
+    yield "tail bytes", packed({"a": record([2], [0, 8])}, z)
+    yield "bad dtype", packed({"a": record([4], [0, 16], "COMPLEX1024")}, z)
+    yield "extra field", packed({"a": record([4], [0, 16], hook="os.system")}, z)
+    yield "rank 5000", packed({"a": record([1] * 5000 + [4], [0, 16])}, z)
+    yield "traversal name", packed({"../../etc/cron.d/x": one}, z)
+    yield "absolute name", packed({"/etc/x": one}, z)
+    yield "NUL in name", packed({"a\0b": one}, z)
+    yield "100k names", packed({f"t{i:06d}": record([0], [0, 0]) for i in range(100000)})
+    yield "metadata not strings", packed({"__metadata__": {"a": {"b": 1}}, "x": one}, z)
+    yield "pickle", pickle.dumps({"a": 1}, 4)
+    yield "torch zip", archive.getvalue()
+
+
+def quant_attacks() -> Iterator[tuple[str, bytes]]:
+    scales = record([2, 1], [32, 40])
+    yield "quant: no record", quantized(None, scales)
+    for key, value in (("bits", 3), ("bits", True), ("group", 0), ("group", 7), ("group", -16), ("group", 16.0)):
+        yield f"quant: {key} {value}", quantized(QUANT_RECORD | {key: value}, scales)
+    yield "quant: in_features lies", quantized(QUANT_RECORD | {"in_features": 1 << 40}, scales)
+    yield "quant: scales missing", quantized(QUANT_RECORD, None, bytes(32))
+    yield "quant: scales wrong shape", quantized(QUANT_RECORD, record([1, 2], [32, 40]))
+    yield "quant: asymmetric without zeros", quantized(QUANT_RECORD | {"sym": False}, scales)
+    broken = {
+        "__metadata__": {"fastdiff.quant": "{{{"},
+        "l.qweight": record([2, 16], [0, 32], "U8"),
+        "l.scales": scales,
+    }
+    yield "quant: metadata not json", packed(broken, bytes(32) + ONES)
+    for value in (float("nan"), float("inf"), 0.0, -1.0, 2e4):
+        yield f"quant: scale {value}", quantized(QUANT_RECORD, scales, bytes(32) + struct.pack("<2f", 1.0, value))
+
+
+ATTACKS = {name: blob for attacks in (header_attacks(), quant_attacks()) for name, blob in attacks}
+
+
+def refused(path: Path, blob: bytes) -> str:
+    path.write_bytes(blob)
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(path)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_refuses_attack_fast_and_small(tmp_path, name):
+    path = tmp_path / "m.safetensors"
+    memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    message = refused(path, ATTACKS[name])
+    assert time.monotonic() - start < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200_000  # kilobytes
+    assert str(path) in message and len(message) < 1000
+
+
+def test_attacks_are_at_least_the_48_of_the_specification():
+    assert len(ATTACKS) >= 48
+
+
+def test_accepts_what_the_attacks_distort(tmp_path):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(quantized_good())
+    tensors, metadata = load_checkpoint(path)
+    assert json.loads(metadata["fastdiff.quant"]) == {"l": QUANT_RECORD}
+    assert tensors["l.qweight"].tolist() == [[0] * 16] * 2 and tensors["l.scales"].tolist() == [[1.0], [1.0]]
+
+
+@pytest.mark.parametrize("zero", [0, 15, 16])
+def test_zero_points_must_fit_the_bits(tmp_path, zero):
+    path = tmp_path / "m.safetensors"
+    meta = {"fastdiff.quant": json.dumps({"l": {"bits": 4, "group": 16, "in_features": 16, "sym": False}})}
+    zeros = torch.full((2, 1), zero, dtype=torch.uint8)
+    save_checkpoint(
+        path, {"l.qweight": torch.zeros(2, 8).byte(), "l.scales": torch.ones(2, 1), "l.zeros": zeros}, meta
+    )
+    if zero < 16:
+        assert load_checkpoint(path)[0]["l.zeros"].tolist() == zeros.tolist()
+    else:
+        assert "zeros" in refused(path, path.read_bytes())
+
+
+def test_pickles_are_refused_with_a_hint(tmp_path):
+    for protocol in range(2, 6):
+        assert "convert" in refused(tmp_path / "m.bin", pickle.dumps({"a": 1}, protocol))
+    torch.save({"a": torch.ones(2)}, tmp_path / "real.pt")
+    assert "convert" in refused(tmp_path / "m.pt", (tmp_path / "real.pt").read_bytes())
+
+
+def test_every_truncation_is_refused(tmp_path):
+    blob = quantized_good()
+    for length in range(len(blob)):
+        refused(tmp_path / "m.safetensors", blob[:length])
+
+
+def flip_bytes(tmp_path: Path, seeds: range) -> None:
+    good = quantized_good()
+    path = tmp_path / "m.safetensors"
+    for seed in seeds:
+        draw, blob = random.Random(seed), bytearray(good)
+        for _ in range(draw.randint(1, 8)):
+            blob[draw.randrange(len(blob))] = draw.randrange(256)
+        path.write_bytes(blob)
+        try:
+            tensors, _ = load_checkpoint(path)
+        except CheckpointError:
+            continue
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= len(blob)
+
+
+def test_flipped_bytes_are_refused_or_harmless(tmp_path):
+    flip_bytes(tmp_path, range(200))
+
+
+@pytest.mark.slow
+def test_many_flipped_bytes_are_refused_or_harmless(tmp_path):
+    flip_bytes(tmp_path, range(200, 2200))
+
+
+def test_flipped_data_of_our_own_files_is_reported(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(path, {"layer.weight": torch.arange(64.0)}, {})
+    blob = bytearray(path.read_bytes())
+    for seed in range(50):
+        changed = bytearray(blob)
+        changed[-1 - random.Random(seed).randrange(256)] ^= 1 << seed % 8
+        assert "layer.weight" in refused(path, changed)
+    path.write_bytes(changed)
+    assert load_checkpoint(path, verify=False)[0]["layer.weight"].shape == (64,)
+
+
+def test_not_regular_files_are_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(CheckpointError, match="regular"):
+        load_checkpoint(tmp_path / "fifo")
+    with pytest.raises(OSError):
+        load_checkpoint(tmp_path)
+
+
+def samples() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"empty": torch.zeros(3, 0, 2), "scalar": torch.tensor(3.5), "odd": torch.arange(7, dtype=torch.uint8)}
+    for dtype in checkpoint.DTYPE_NAMES:
+        tensors[f"a.{checkpoint.DTYPE_NAMES[dtype]}"] = (torch.randn(3, 5, generator=generator) * 9).to(dtype)
+    tensors["strided"] = torch.randn(6, 8, generator=generator)[::2, 1::3].T
+    return tensors
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    a, b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(a, b)
+
+
+def test_round_trip_and_the_reference_reader_agree(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(path, samples(), {"format": "pt"})
+    tensors, metadata = load_checkpoint(path)
+    assert metadata == {"format": "pt"}
+    safetensors = pytest.importorskip("safetensors.torch", reason="the reference reader is not installed")
+    for read in (tensors, safetensors.load_file(path)):
+        assert set(read) == set(samples())
+        for name, tensor in samples().items():
+            assert read[name].dtype == tensor.dtype and read[name].shape == tensor.shape and same(read[name], tensor)
+
+
+def test_reads_what_the_reference_writer_writes(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch", reason="the reference writer is not installed")
+    contiguous = {name: tensor.contiguous() for name, tensor in samples().items()}
+    safetensors.save_file(contiguous, tmp_path / "m.safetensors")
+    tensors, _ = load_checkpoint(tmp_path / "m.safetensors")
+    assert all(same(tensors[name], tensor) for name, tensor in contiguous.items())
+
+
+def test_loaded_tensors_survive_the_file(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(path, {"a": torch.arange(100000.0)}, {})
+    tensors, _ = load_checkpoint(path)
+    os.truncate(path, 100)
+    assert torch.equal(tensors["a"], torch.arange(100000.0))
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "", "a b", "a\0", "x" * 513])
+def test_writer_refuses_names(tmp_path, name):
+    with pytest.raises(CheckpointError, match="name"):
+        save_checkpoint(tmp_path / "m.safetensors", {name: torch.ones(1)}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_writer_refuses_dtypes_and_ranks(tmp_path):
+    for tensor in (torch.ones(1, dtype=torch.complex64), torch.ones([1] * 9)):
+        with pytest.raises(CheckpointError, match="tensor a"):
+            save_checkpoint(tmp_path / "m.safetensors", {"a": tensor}, {})
+    assert not list(tmp_path.iterdir())
+
+
+OLD, NEW = b"o" * 100_000, b"n" * 150_000
+
+
+class Crash(BaseException):
+    """Stands for the death of the process: nothing of ours may run after it."""
+
+
+def break_call(monkeypatch: pytest.MonkeyPatch, name: str, at: int, fault: str) -> None:
+    real: Callable = getattr(os, name)
+    calls = []
+
+    def faulty(*args, **kwargs):
+        calls.append(name)
+        if len(calls) != at:
+            return real(*args, **kwargs)
+        if fault == "short":
+            real(args[0], memoryview(args[1])[: len(args[1]) // 2])
+        raise OSError(getattr(errno, fault), fault) if fault.startswith("E") else Crash(fault)
+
+    monkeypatch.setattr(os, name, faulty)
+    if not fault.startswith("E"):
+        monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+
+
+CALLS = [
+    ("open", 1),
+    ("write", 1),
+    ("fchmod", 1),
+    ("fsync", 1),
+    ("close", 1),
+    ("replace", 1),
+    ("open", 2),
+    ("fsync", 2),
+]
+
+
+@pytest.mark.parametrize("fault", ["die", "short", "ENOSPC", "EIO", "EDQUOT"])
+@pytest.mark.parametrize(("call", "at"), CALLS)
+def test_fault_at_every_call_leaves_old_or_new(tmp_path, monkeypatch, call, at, fault):
+    if fault == "short" and call != "write":
+        fault = "die"
+    path = tmp_path / "m.bin"
+    path.write_bytes(OLD)
+    with monkeypatch.context() as patch:
+        break_call(patch, call, at, fault)
+        with pytest.raises((OSError, Crash)):
+            write_atomic(path, [NEW])
+    renamed = (call, at) in (("open", 2), ("fsync", 2))
+    assert path.read_bytes() == (NEW if renamed else OLD)
+    if fault.startswith("E"):
+        assert [file.name for file in tmp_path.iterdir()] == ["m.bin"]
+
+
+def test_partial_writes_are_continued(tmp_path, monkeypatch):
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, memoryview(data)[:997]))
+    write_atomic(tmp_path / "m.bin", [NEW[:5], NEW[5:]])
+    assert (tmp_path / "m.bin").read_bytes() == NEW
+
+
+SHIM = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+static long count;
+/* 0: go on, 1: fail with errno, 2: die (the caller may first do half of the work) */
+static int fault(void) {
+  const char *at = getenv("FAULT_AT"), *kind = getenv("FAULT_KIND");
+  if (!at || ++count != atol(at)) return 0;
+  if (!strcmp(kind, "short")) return 2;
+  if (!strcmp(kind, "die")) _exit(9);
+  errno = atoi(kind);
+  return 1;
+}
+static int watched[1024];
+static int opened(const char *symbol, const char *path, int flags, mode_t mode) {
+  int ours = strstr(path, getenv("FAULT_DIR")) != NULL;
+  if (ours && (flags & O_CREAT)) { int f = fault(); if (f == 1) return -1; if (f == 2) _exit(9); }
+  int fd = ((int (*)(const char *, int, ...))dlsym(RTLD_NEXT, symbol))(path, flags, mode);
+  if (fd >= 0 && fd < 1024) watched[fd] = ours;
+  return fd;
+}
+int open(const char *p, int f, ...) { va_list v; va_start(v, f); mode_t m = va_arg(v, mode_t); va_end(v); return opened("open", p, f, m); }
+int open64(const char *p, int f, ...) { va_list v; va_start(v, f); mode_t m = va_arg(v, mode_t); va_end(v); return opened("open64", p, f, m); }
+ssize_t write(int fd, const void *data, size_t size) {
+  ssize_t (*real)(int, const void *, size_t) = dlsym(RTLD_NEXT, "write");
+  if (fd >= 0 && fd < 1024 && watched[fd]) { int f = fault(); if (f == 1) return -1; if (f == 2) { real(fd, data, size / 2); _exit(9); } }
+  return real(fd, data, size);
+}
+int fsync(int fd) {
+  if (fd >= 0 && fd < 1024 && watched[fd]) { int f = fault(); if (f == 1) return -1; if (f == 2) _exit(9); }
+  return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd);
+}
+int rename(const char *a, const char *b) {
+  int f = fault(); if (f == 1) return -1; if (f == 2) _exit(9);
+  return ((int (*)(const char *, const char *))dlsym(RTLD_NEXT, "rename"))(a, b);
+}
+"""
+# loads the writer alone: importing torch a hundred times would take minutes
+CHILD = """
+import os, secrets, sys
+from pathlib import Path
+exec(sys.argv[2])
+{writer}(sys.argv[1], [b"n" * 150000])
+"""
+
+
+def sweep(tmp_path: Path, shim: Path, writer: str, source: str) -> tuple[int, int, int, int]:
+    """Break each system call in five ways; return cases, torn files, false successes, files left behind."""
+    folder = tmp_path / f"sweep_{writer}"
+    folder.mkdir()
+    path, cases, torn, false, litter = folder / "m.bin", 0, 0, 0, 0
+    for at in range(1, 100):
+        for kind in ("die", "short", str(errno.ENOSPC), str(errno.EIO), str(errno.EDQUOT)):
+            path.write_bytes(OLD)
+            fault = {"LD_PRELOAD": str(shim), "FAULT_DIR": str(folder), "FAULT_AT": str(at), "FAULT_KIND": kind}
+            command = [sys.executable, "-I", "-S", "-c", CHILD.format(writer=writer), str(path), source]
+            code = subprocess.run(command, env=fault, stderr=subprocess.DEVNULL, check=False).returncode
+            got = path.read_bytes()
+            if code == 0 and got == NEW:
+                return cases, torn, false, litter
+            cases += 1
+            torn += got not in (OLD, NEW)
+            false += code == 0
+            left = [file for file in folder.iterdir() if file != path]
+            litter += bool(left) and kind.isdigit()
+            for file in left:
+                file.unlink()
+    raise AssertionError("the writer never got past the faults")
+
+
+@pytest.mark.slow
+def test_faults_below_python_tear_only_the_naive_writer(tmp_path):
+    import inspect
+
+    if shutil.which("gcc") is None:
+        pytest.skip("no C compiler to build the faulty system calls with")
+    (tmp_path / "shim.c").write_text(SHIM)
+    shim = tmp_path / "shim.so"
+    subprocess.run(["gcc", "-O1", "-shared", "-fPIC", tmp_path / "shim.c", "-o", shim, "-ldl"], check=True)
+    cases, torn, false, litter = sweep(tmp_path, shim, "write_atomic", inspect.getsource(write_atomic))
+    assert cases >= 25 and (torn, false, litter) == (0, 0, 0)
+    naive = "def naive(path, chunks):\n    with open(path, 'wb') as file:\n        file.write(chunks[0])\n"
+    assert sweep(tmp_path, shim, "naive", naive)[1] > 0
