@@ -1,13 +1,32 @@
 """Solvers as data: name -> Solver; `compile_table` makes the rows that the engine executes."""
 
-from fastdiff.solvers import ancestral, consistency, first_order, heun, singlestep
+from fastdiff.solvers import (
+    ancestral,
+    bdia,
+    consistency,
+    deis,
+    first_order,
+    heun,
+    multistep,
+    pndm,
+    sa,
+    singlestep,
+    unipc,
+)
+from fastdiff.solvers.catalog import solver
 from fastdiff.solvers.row import Noise, Row, Solver
 from fastdiff.solvers.table import SolverTable, compile_table
 
 SOLVERS: dict[str, Solver] = {
-    solver.name: solver
-    for solver in (
-        first_order.DDIM,
+    entry.name: entry
+    for entry in (
+        *first_order.SOLVERS,
+        *multistep.SOLVERS,
+        unipc.UNIPC,
+        sa.SA,
+        *deis.SOLVERS,
+        *pndm.SOLVERS,
+        bdia.BDIA,
         *heun.SOLVERS,
         *singlestep.SOLVERS,
         *ancestral.SOLVERS,
@@ -15,4 +34,4 @@ SOLVERS: dict[str, Solver] = {
     )
 }
 
-__all__ = ["SOLVERS", "Noise", "Row", "Solver", "SolverTable", "compile_table"]
+__all__ = ["SOLVERS", "Noise", "Row", "Solver", "SolverTable", "compile_table", "solver"]

@@ -1,9 +1,9 @@
 """What a solver writes down: one row per model call, in terms of earlier predictions and states."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from fastdiff.process import Level, Process
+from fastdiff.process import Level
 
 INITIAL_STREAM, STEP_STREAM, SECOND_STREAM = 0, 1, 2  # independent noise of one (seed, step)
 
@@ -27,7 +27,7 @@ class Row:
     B     on predictions h_k, by the index k of the row that made them (this row's own included)
     X     on earlier states x_k, by the index k of the row at whose start they stood
     R     on this row's prediction before clamping (the reference DDIM mixes both)
-    D     on the known endpoint u
+    D     on the known endpoint u; None means whatever carries its weight from level to level
     step  which solver step the row belongs to (a step may take several calls)
     """
 
@@ -38,7 +38,7 @@ class Row:
     X: Mapping[int, float] = field(default_factory=dict)
     noise: tuple[Noise, ...] = ()
     R: float = 0.0
-    D: float = 0.0
+    D: float | None = None
     step: int = 0
 
 
@@ -53,6 +53,7 @@ class Solver:
     exact       row invariants that hold: "data" (constant x0), "noise" (constant noise), "variance" (marginal variance)
     spacing     the default entry of SPACINGS
     final       where the last step ends: "zero" noise or the process's "t_min"
+    refine      fields that follow from the options (say, the order), as a function of all options
     """
 
     name: str
@@ -64,6 +65,7 @@ class Solver:
     options: Mapping[str, object] = field(default_factory=dict)
     spacing: str = "uniform-lambda"
     final: str = "zero"
+    refine: Callable[[Mapping[str, object]], Mapping[str, object]] | None = None
 
     def with_options(self, **options) -> "Solver":
         """This solver with some of its options changed. Raises ValueError for an unknown option, listing the known ones."""
@@ -71,4 +73,12 @@ class Solver:
         if unknown:
             known = ", ".join(self.options) or "none"
             raise ValueError(f"solver {self.name}: unknown option {sorted(unknown)[0]!r}; known are {known}")
-        return replace(self, options={**self.options, **options})
+        merged = {**self.options, **options}
+        return replace(self, options=merged, **(self.refine(merged) if self.refine else {}))
+
+
+def choose(option: str, value: object, table: Mapping | Sequence):
+    """`table[value]` (or `value` itself where `table` is a sequence). Raises ValueError that lists what is known."""
+    if value not in table:
+        raise ValueError(f"solver option {option}={value!r} is unknown; known are {', '.join(map(str, table))}")
+    return table[value] if isinstance(table, Mapping) else value

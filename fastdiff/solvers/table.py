@@ -1,7 +1,7 @@
 """SolverTable: a solver compiled for one process and one list of noise levels."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -78,13 +78,27 @@ def compile_table(
     Raises ValueError when the levels are fewer than two or not monotonic.
     """
     check_levels(levels)
-    rows = tuple(solver.rows(list(levels), process, **solver.options))
+    rows = carry_mean(solver.rows(list(levels), process, **solver.options))
+    conversions = [convert(prediction, solver.history, row.at) for row in rows]
+    c_in = np.array([process.input_scale(row.at) for row in rows])
+    return assemble(solver, rows, prediction, conversions, c_in, clamp)
+
+
+def assemble(
+    solver: Solver,
+    rows: Sequence[Row],
+    prediction: str | tuple[float, float, float],
+    conversions: Sequence[tuple[float, float, float]],
+    c_in: np.ndarray,
+    clamp: tuple[float, float] | None = None,
+) -> SolverTable:
+    """The table of these rows; conversions[r] = (a, b, d) makes the remembered prediction a x + b m + d u of row r."""
+    rows = carry_mean(rows)
     meta, slot_of = _assign_slots(rows)
     coef = np.zeros((len(rows), len(COEF)))
     lo, hi = clamp if clamp is not None else (-np.inf, np.inf)
-    c_in = np.array([process.input_scale(row.at) for row in rows])
     for r, row in enumerate(rows):
-        a, b, d = convert(prediction, solver.history, row.at)
+        a, b, d = conversions[r]
         put = {"a": a, "b0": b, "d": d, "lo": lo, "hi": hi, "A": row.A, "B": row.B.get(r, 0.0), "R": row.R, "D": row.D}
         for key, value in _slot_terms(r, row, slot_of).items():
             put[f"S{key}"] = value
@@ -97,6 +111,17 @@ def compile_table(
     step = np.array([row.step for row in rows])
     slots = 1 + max((int(meta[:, :2].max()), -1)) if len(rows) else 0
     return SolverTable(solver, prediction, rows, coef, meta, time, step, c_in, slots)
+
+
+def carry_mean(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Fills in D where a row leaves it open: the weight of the known endpoint u moves from mean(at) to mean(to)."""
+    return tuple(row if row.D is not None else replace(row, D=_mean_left(row, rows)) for row in rows)
+
+
+def _mean_left(row: Row, rows: Sequence[Row]) -> float:
+    if row.to.mean == 0.0 == row.at.mean:
+        return 0.0
+    return row.to.mean - row.A * row.at.mean - sum(v * rows[k].at.mean for k, v in row.X.items())
 
 
 def check_levels(levels: Sequence[Level]) -> None:
@@ -153,7 +178,7 @@ def check_rows(
     Returns the largest violation relative to the largest term; raises ValueError above the tolerance.
     """
     worst = 0.0
-    for r, row in enumerate(rows):
+    for r, row in enumerate(rows if exact else ()):
         for name, terms, want in _invariants(r, row, rows, history):
             if name in exact:
                 error = abs(float(np.sum(terms)) - want) / max(float(np.max(np.abs(terms))), abs(want), 1e-30)
@@ -175,7 +200,7 @@ def _invariants(r: int, row: Row, rows: Sequence[Row], history: str):
         yield "noise", noise, row.to.sigma
     if history == "data":
         yield "variance", [float(np.sum(noise)) ** 2, *(n.scale**2 for n in row.noise)], row.to.sigma**2
-    yield "mean", [v * at.mean for v, at in level] + [row.D], row.to.mean
+    yield "mean", [v * at.mean for v, at in level] + [row.D or 0.0], row.to.mean
 
 
 def _history_value(level: Level, history: str) -> tuple[float, float]:
