@@ -47,7 +47,10 @@ class RunOptions:
     def resolve_device(self, net: Callable, x: object) -> torch.device:
         """The device of the run: the given one, else that of x, else that of the network."""
         if self.device is not None:
-            return torch.device(self.device)
+            device = torch.device(self.device)
+            if device.type == "cuda" and not torch.cuda.is_available():
+                raise RuntimeError("device: cuda was asked for, but torch sees no CUDA GPU; use device='cpu'")
+            return device
         leaves = tree_flatten(x)[0] if x is not None else list(_parameters(net))
         return leaves[0].device if leaves and isinstance(leaves[0], torch.Tensor) else torch.device("cpu")
 

@@ -1,7 +1,7 @@
 """Plan: the tables of all rows of a batch, merged into what the step kernel and the loop read."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ class RowSettings:
     solver    a key of SOLVERS, a Solver with options, or a compiled SolverTable (which fixes steps and spacing)
     steps     solver steps, >= 1
     guidance  a scale or a CFG
-    spacing   a key of SPACINGS, explicit times, or None for the solver's own
+    spacing   a key of SPACINGS, {"name": key, **its options}, explicit times, or None for the solver's own
     final     "zero" or "t_min": where the last step ends; None for the solver's own
     clamp     bounds on the predicted data, or None
     """
@@ -30,7 +30,7 @@ class RowSettings:
     solver: str | Solver | SolverTable = "dpmpp-2m"
     steps: int = 20
     guidance: float | CFG = 1.0
-    spacing: str | tuple[float, ...] | None = None
+    spacing: str | Mapping | tuple[float, ...] | None = None
     final: str | None = None
     clamp: tuple[float, float] | None = None
 
@@ -60,8 +60,12 @@ class RowSettings:
             raise ValueError(
                 f"clamp: {self.solver.name} keeps {self.solver.history} predictions; clamping needs a data solver"
             )
-        spacing, final = self.spacing or self.solver.spacing, self.final or self.solver.final
-        return compile_table(self.solver, levels(process, self.steps, spacing, final), process, prediction, self.clamp)
+        spacing, options = (self.solver.spacing if self.spacing is None else self.spacing), {}
+        if isinstance(spacing, Mapping):
+            options = dict(spacing)
+            spacing = options.pop("name", self.solver.spacing)
+        noise_levels = levels(process, self.steps, spacing, self.final or self.solver.final, **options)
+        return compile_table(self.solver, noise_levels, process, prediction, self.clamp)
 
 
 @dataclass(frozen=True, eq=False)

@@ -135,7 +135,7 @@ EDM = Solver(
 )
 DPM2 = Solver("dpm2", _dpm2_rows, order=2, options=_CHURN, **_KARRAS)
 DPM2_A = Solver("dpm2-a", dpm2_ancestral_rows, order=2, options={"eta": 1.0, "s_noise": 1.0}, **_KARRAS)
-_FLOW = {"history": "flow", "calls": 2, "exact": frozenset(), "spacing": "uniform-t"}
+_FLOW = {"history": "flow", "calls": 2, "exact": frozenset(), "spacing": "uniform"}
 FLOW_HEUN = Solver("flow-heun", flow_rows, order=2, options={"middle": "end"}, **_FLOW)
 FLOW_MIDPOINT = Solver("flow-midpoint", flow_rows, order=2, options={"middle": "middle"}, **_FLOW)
 SOLVERS = (HEUN, EDM, DPM2, DPM2_A, FLOW_HEUN, FLOW_MIDPOINT)
