@@ -49,6 +49,7 @@ class Task:
     folder: str
     class_name: str
     prediction: str | None
+    pipeline: str | None = None
 
 
 def alpha_bar(device: torch.device) -> Tensor:
@@ -144,7 +145,7 @@ def build_classifier() -> Classifier:
 
 TASKS = {
     "dit": Task(build_dit, dit_loss, 1e-3, 48, "transformer", "DiTTransformer2DModel", "v_prediction"),
-    "unet": Task(build_unet, unet_loss, 8e-4, 32, "unet", "UNet2DModel", "epsilon"),
+    "unet": Task(build_unet, unet_loss, 8e-4, 32, "unet", "UNet2DModel", "epsilon", "DDPMPipeline"),
     "classifier": Task(build_classifier, classifier_loss, 2e-3, 128, "", "Classifier", None),
 }
 
@@ -219,6 +220,9 @@ def export(task: Task, net: nn.Module, weights: dict[str, Tensor], out: Path) ->
     }
     (out / "scheduler").mkdir(exist_ok=True)
     _write_json(out / "scheduler" / "scheduler_config.json", scheduler)
+    if task.pipeline is not None:
+        parts = {task.folder: ["diffusers", task.class_name], "scheduler": ["diffusers", scheduler["_class_name"]]}
+        _write_json(out / "model_index.json", {"_class_name": task.pipeline, **parts})
 
 
 def train(run: Run, images: Tensor, labels: Tensor, minutes: float, batch: int, out: Path) -> None:
