@@ -41,14 +41,15 @@ def _cpu() -> dict:
     levels = {"detected": module.isa_detected(), "used": module.isa()} if module else {}
     return {
         "machine": platform.machine(),
-        "model": _cpu_model(),
+        "model": cpu_model(),
         "threads": torch.get_num_threads(),
         "instruction_set": levels,
         "missing": native.cpu_missing() or "",
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))

@@ -1,0 +1,1 @@
+"""Benchmarks: interleaved, against peers and against the machine's limits."""

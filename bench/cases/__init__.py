@@ -1,0 +1,18 @@
+"""Benchmark cases: one file per op, found by the op's name; `cases(device)` yields Case objects."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of an op with everything that can do the same work.
+
+    label       the shape, for people
+    contenders  name -> callable; the first is ours
+    bytes       minimum traffic of one call: every operand once
+    """
+
+    label: str
+    contenders: Mapping[str, Callable[[], object]]
+    bytes: int
