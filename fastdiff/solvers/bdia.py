@@ -31,7 +31,7 @@ BDIA = Solver(
     "bdia",
     bdia_rows,
     order=2,
-    exact=frozenset({"data", "noise", "variance", "mean"}),
+    exact=frozenset({"data", "noise", "mean"}),
     options={"gamma": 1.0},
     spacing="uniform",
     refine=lambda options: {"order": 2 if options["gamma"] == 1.0 else 1},

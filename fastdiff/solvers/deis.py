@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from fastdiff.process import Level, Process
-from fastdiff.solvers.exponential import Rule, exponential_rows, require_signal, solve_moments
+from fastdiff.solvers.exponential import Rule, exponential_rows, solve_moments
 from fastdiff.solvers.row import Row, Solver, choose
 
 _EXACT = frozenset({"data", "noise", "mean"})
@@ -22,7 +22,6 @@ def deis_rows(levels: list[Level], process: Process, *, order: int, variable: st
     Order p is called tAB(p - 1), rhoAB(p - 1) in the paper. In "t" and "logrho" the step to zero noise has order 1.
     """
     choose("order", order, range(1, 5)), choose("variable", variable, ("t", "rho", "logrho"))
-    require_signal(levels)
     orders = [min(order, r + 1) for r in range(len(levels) - 1)]
     if variable == "rho":
         return kappa_rows(levels, orders)
@@ -34,7 +33,6 @@ def deis_rows(levels: list[Level], process: Process, *, order: int, variable: st
 def lms_rows(levels: list[Level], process: Process, *, order: int) -> list[Row]:
     """Linear multistep in kappa, as k-diffusion's LMS but with exact integrals of the polynomials."""
     choose("order", order, range(1, 5))
-    require_signal(levels)
     return kappa_rows(levels, [min(order, r + 1) for r in range(len(levels) - 1)])
 
 

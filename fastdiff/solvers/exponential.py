@@ -26,7 +26,6 @@ SECOND: dict[str, Callable[[float, float, float], float]] = {
 # factor on the second moment of three-term rules: published implementations halve it, which makes them second order
 THIRD = {"compat": 0.5, "exact": 1.0}
 EXACT = frozenset({"data", "noise", "variance", "mean"})
-_NO_SIGNAL = 1e-8  # of sigma: an alpha that rounding left over where it should be 0, as cos(pi / 2)
 _SERIES_TERMS = 22  # relative error below 1e-14 for |z| < 1
 
 
@@ -124,22 +123,9 @@ class Grid:
         return Row(at, to, A, dict(B), noise=noise, step=r)
 
 
-def exponential_grid(levels: Sequence[Level], history: str = "data") -> Grid:
-    """The grid of these levels. Raises ValueError where the history type cannot leave its first level."""
-    if any(level.sigma == 0.0 for level in levels[:-1]):
-        raise ValueError("solver: a step cannot start at zero noise; begin at a small positive noise level")
-    if history == "noise":
-        require_signal(levels)
+def exponential_grid(levels: Sequence[Level]) -> Grid:
+    """The grid of these levels."""
     return Grid(levels, [_lam(level) for level in levels])
-
-
-def require_signal(levels: Sequence[Level]) -> None:
-    """Raises ValueError where alpha vanishes: a history of noise predictions does not determine the data there."""
-    if any(level.alpha <= _NO_SIGNAL * level.sigma for level in levels):
-        raise ValueError(
-            "solver: a noise-prediction history cannot start at alpha = 0; use a solver with a data history "
-            "(ddim, dpmpp-2m, unipc) or start below the terminal noise level"
-        )
 
 
 def _lam(level: Level) -> float:
@@ -156,7 +142,7 @@ def exponential_rows(
     s_noise: float = 1.0,
 ) -> list[Row]:
     """Adams-Bashforth rows in lambda: step r uses its newest `orders[r]` predictions and noise level `taus[r]`."""
-    grid = exponential_grid(levels, rule.history)
+    grid = exponential_grid(levels)
     taus = [0.0] * len(orders) if taus is None else taus
     return [
         grid.row(r, grid.weights(r, order, rule, tau), rule.history, tau, s_noise)
@@ -177,6 +163,9 @@ def fold_corrector(rows: Sequence[Row], corrections: Mapping[int, Mapping[int, f
             continue
         after = rows[r + 1]
         change = {k: corrector.get(k, 0.0) - rows[r].B.get(k, 0.0) for k in {**corrector, **rows[r].B}}
+        # both are exact on constants, so the changes sum to 0; the largest weight's own difference would lose digits
+        largest = max(change, key=lambda k: abs(corrector.get(k, 0.0)))
+        change[largest] = -math.fsum(value for k, value in change.items() if k != largest)
         B = {k: after.B.get(k, 0.0) + after.A * change.get(k, 0.0) for k in {**after.B, **change}}
         folded[r + 1] = replace(after, B={k: v for k, v in B.items() if v != 0.0})
     return folded

@@ -16,8 +16,6 @@ def affine_row(r: int, at: Level, to: Level, noise_scale: float = 0.0, step: int
 
     A = sqrt(sigma'^2 - C^2) / sigma; every endpoint's weight follows, B = alpha' - A alpha and D = mean' - A mean.
     """
-    if at.sigma == 0.0:
-        raise ValueError("solver: a step cannot start at zero noise; begin at a small positive noise level")
     A = float(np.sqrt(max(to.sigma**2 - noise_scale**2, 0.0)) / at.sigma)
     noise = (Noise(noise_scale, r),) if noise_scale > 0.0 else ()
     B, D = to.alpha - A * at.alpha, to.mean - A * at.mean

@@ -1,7 +1,6 @@
 """Pseudo numerical methods: classical weights on noise predictions, moved by the DDIM transfer (Liu et al. 2022)."""
 
 from fastdiff.process import Level, Process
-from fastdiff.solvers.exponential import require_signal
 from fastdiff.solvers.row import Row, Solver
 
 ADAMS = (
@@ -24,7 +23,6 @@ class _Plan:
     """Collects rows, and the predictions that later steps average over."""
 
     def __init__(self, levels: list[Level], process: Process):
-        require_signal(levels)
         self.levels, self.process = levels, process
         self.rows: list[Row] = []
         self.kept: list[int] = []

@@ -17,6 +17,7 @@ def sa_rows(
     interval: tuple[float, float] | None,
     history: str,
     rescale: bool,
+    lower_order_final: bool,
 ) -> list[Row]:
     """SA-Solver in PEC mode: one call per step, predictor and corrector share their noise.
 
@@ -25,18 +26,20 @@ def sa_rows(
     tau              noise level inside `interval`, or a function of the level; the last step is deterministic
     interval         times with noise; None is 0.2 to 0.8 of t_max, and sigma from 0.05 to 1 for VE
     rescale          leading-term second moment in two-term rules, meant for few steps
+    lower_order_final  let the orders fall to 1 (predictor) and 2 (corrector) at the end
     """
     choose("order", order, range(1, 5)), choose("corrector_order", corrector_order, range(0, 5))
     choose("history", history, ("data", "noise"))
     steps, rule = len(levels) - 1, Rule(history, "bh1" if rescale else "heun")
-    orders = [min(order, r + 1, steps - r) for r in range(steps)]
+    left = [steps - r if lower_order_final else steps for r in range(steps)]
+    orders = [min(order, r + 1, left[r]) for r in range(steps)]
     taus = [_tau(tau, interval, process, level) for level in levels[: steps - 1]] + [0.0]
     rows = exponential_rows(levels, orders, rule, taus)
     if corrector_order == 0:
         return rows
-    grid, correctors = exponential_grid(levels, history), {}
+    grid, correctors = exponential_grid(levels), {}
     for r in range(steps - 1):
-        terms = min(corrector_order, r + 2, steps - r + 1)
+        terms = min(corrector_order, r + 2, left[r] + 1)
         correctors[r] = grid.weights(r, terms, rule, taus[r], first=r + 1)
     return fold_corrector(rows, correctors)
 
@@ -67,6 +70,7 @@ SA = Solver(
         "interval": None,
         "history": "data",
         "rescale": False,
+        "lower_order_final": True,
     },
     refine=_refine,
 )

@@ -9,7 +9,6 @@ from fastdiff.process import Flow, Level, Process, VPDiscrete
 from fastdiff.solvers.spacing_tables import AYS, beta_quantile
 from fastdiff.solvers.table import check_levels
 
-
 _NO_SIGNAL = 1e8  # kappa beyond which alpha is a rounding error
 
 

@@ -12,6 +12,8 @@ from fastdiff.solvers.row import Row, Solver
 _COLUMN = {name: index for index, name in enumerate(COEF)}
 _INVARIANT_TOLERANCE = 1e-9  # of the largest term; far below any table error that matters, far above rounding
 
+_NO_SIGNAL = 1e-8  # of sigma: an alpha that rounding left over where it should be 0, as cos(pi / 2)
+
 
 @dataclass(frozen=True, eq=False)
 class SolverTable:
@@ -78,6 +80,7 @@ def compile_table(
     Raises ValueError when the levels are fewer than two or not monotonic.
     """
     check_levels(levels)
+    _check_history(levels, solver.history)
     rows = carry_mean(solver.rows(list(levels), process, **solver.options))
     conversions = [convert(prediction, solver.history, row.at) for row in rows]
     c_in = np.array([process.input_scale(row.at) for row in rows])
@@ -138,6 +141,19 @@ def check_levels(levels: Sequence[Level]) -> None:
         at = int(np.argmax(change >= 0)) if change[0] < 0 else int(np.argmax(change <= 0))
         raise ValueError(
             f"noise levels: must be strictly monotonic, got {kappa[at]:g} then {kappa[at + 1]:g} at step {at}"
+        )
+
+
+def _check_history(levels: Sequence[Level], history: str) -> None:
+    """Raises ValueError where a step starts at a level that this type of prediction cannot leave."""
+    if history == "data" and any(level.sigma == 0.0 for level in levels[:-1]):
+        raise ValueError(
+            "noise levels: a step of a solver with a data history cannot start at zero noise; begin slightly above"
+        )
+    if history == "noise" and any(level.alpha <= _NO_SIGNAL * level.sigma for level in levels):
+        raise ValueError(
+            "noise levels: a solver with a noise history cannot start at alpha = 0; use one with a data history "
+            "(ddim, dpmpp-2m, unipc) or start below the terminal noise level"
         )
 
 

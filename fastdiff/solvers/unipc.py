@@ -27,7 +27,7 @@ def unipc_rows(
     rows = exponential_rows(levels, orders, rule)
     if disable_corrector == "all":
         return rows
-    grid = exponential_grid(levels, history)
+    grid = exponential_grid(levels)
     corrected = (r for r in range(steps - 1) if r not in disable_corrector)
     return fold_corrector(rows, {r: grid.weights(r, orders[r] + 1, rule, first=r + 1) for r in corrected})
 
