@@ -4,6 +4,7 @@ import torch
 
 from fastdiff.ops import native
 from fastdiff.ops.registry import op
+from fastdiff.ops.strides import evenly_strided, sizes
 
 MAX_OPERANDS = 8
 _TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -32,5 +33,38 @@ def gram(operands: list[torch.Tensor]) -> torch.Tensor:
     Products in float32 (float64 for float64 operands), partial sums in a fixed order, totals in float64.
     Empty samples give zeros.
     """
-    rows = torch.stack([v.reshape(v.shape[0], -1).to(torch.float64) for v in operands], dim=1)  # [B, N, E]
+    rows = torch.stack([v.reshape(v.shape[0], v.shape[1:].numel()).double() for v in operands], dim=1)  # [B, N, E]
     return torch.cat([rows @ rows.transpose(1, 2), rows.sum(2, keepdim=True)], dim=2)
+
+
+@gram.variant("cpu", devices=("cpu",), missing=native.cpu_missing)
+def _(operands):
+    first, n = operands[0], len(operands)
+    out = torch.empty(first.shape[0], n, n + 1, dtype=torch.float64)
+    even = [evenly_strided(v) for v in operands]
+    native.cpu().gram(
+        out.data_ptr(), [(v.data_ptr(), native.TYPE_CODES[v.dtype], stride) for v, stride in even], *sizes(first)
+    )
+    return out
+
+
+@gram.sample
+def _(device):
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(shape, generator=generator)
+    shapes = ((1, 1), (2, 7), (3,), (1, 255), (2, 3, 5, 17), (2, 16400), (0, 3), (2, 0, 4))
+    for n, shape in enumerate(shapes):
+        yield ([normal(*shape).to(device) for _ in range(n + 1)],)
+    for dtype in _TYPES:
+        yield ([(normal(2, 4, 9, 9) + k).to(device, dtype) for k in range(3)],)
+    yield ([normal(2, 4, 9, 9).to(device, dtype) for dtype in _TYPES],)
+    for shape in ((2, 5, 8, 8), (1, 3, 33, 31)):
+        last = normal(*shape).to(device).to(memory_format=torch.channels_last)
+        yield (
+            [
+                last,
+                normal(*shape).to(device).transpose(2, 3).contiguous().transpose(2, 3),
+                normal(1, *shape[1:]).to(device).expand(shape),
+            ],
+        )
+    yield ([1e18 * normal(2, 300).to(device), 1e-15 * normal(2, 300).to(device)],)

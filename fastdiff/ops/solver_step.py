@@ -1,10 +1,13 @@
 """The update of one sampling step for every solver: a linear combination whose coefficients are rows of a table."""
 
+from collections.abc import Callable
+
 import torch
 
 from fastdiff.ops import native
 from fastdiff.ops.philox_normal import philox_normal
 from fastdiff.ops.registry import op
+from fastdiff.ops.strides import evenly_strided, sizes
 
 MAX_OUTPUTS, MAX_SLOTS = 4, 5
 # columns of `coef`; the first two groups make the prediction h, the others the next state
@@ -201,3 +204,76 @@ def _noise(like: torch.Tensor, seed: torch.Tensor, step: int, stream: int, coeff
         return None
     key = [torch.tensor([value], dtype=torch.int32, device=like.device) for value in (step, stream)]
     return philox_normal.reference(seed.reshape(1), *key, like.numel()).reshape(like.shape).to(like.dtype)
+
+
+@solver_step.variant("cpu", devices=("cpu",), missing=native.cpu_missing)
+def _(x, history, model_input, tick, outputs, source, aux, coef, meta, rows, seed):
+    _Native(x, history, model_input, tick, source, aux, coef, meta, rows, seed)(outputs)
+
+
+def bind(x, history, model_input, tick, source, aux, coef, meta, rows, seed) -> Callable[[list[torch.Tensor]], None]:
+    """Fixes everything but the model's outputs: returns `step(outputs)`, which does what `solver_step` does.
+
+    Arguments are checked and the variant is chosen here, once; a call only compares the outputs with those of the call
+    before. The tensors are kept alive, and must keep their shapes and storage.
+    """
+    outputs = [x] * (0 if source is None else source.shape[0])  # stand-ins of the right shape
+    fixed = (x, history, model_input, tick, source, aux, coef, meta, rows, seed)
+    check(*fixed[:4], outputs, *fixed[4:])
+    run = solver_step.pick(*fixed[:4], outputs, *fixed[4:])
+    return _Native(*fixed) if run.name == "cpu" else _Generic(run.run, fixed)
+
+
+class _Generic:
+    """A bound step on any variant."""
+
+    def __init__(self, run: Callable, fixed: tuple):
+        self.run, self.fixed, self.layout = run, fixed, None
+
+    def __call__(self, outputs: list[torch.Tensor]) -> None:
+        layout = [(m.dtype, m.device, m.shape, m.stride()) for m in outputs]
+        if layout != self.layout:
+            check(*self.fixed[:4], outputs, *self.fixed[4:])
+            self.layout = layout
+        self.run(*self.fixed[:4], outputs, *self.fixed[4:])
+
+
+class _Native:
+    """A bound step on the C++ kernel. About 1 us a call over the kernel itself."""
+
+    def __init__(self, x, history, model_input, tick, source, aux, coef, meta, rows, seed):
+        self.fixed = (x, history, model_input, tick, source, aux, coef, meta, rows, seed)
+        self.layout, self.even = None, True
+        self.source = 0 if source is None else source.data_ptr()
+        address = lambda t: 0 if t is None else t.data_ptr()
+        coef_strides = (*coef.stride(), 0, 0)[:4]
+        if coef.dim() == 4:
+            coef_strides = tuple(0 if n == 1 else s for n, s in zip(coef.shape, coef_strides, strict=True))
+        self.step = native.cpu().SolverStep(
+            [address(t) for t in (x, history, model_input, tick, aux, coef, meta, rows, seed)],
+            [native.TYPE_CODES[x.dtype], native.TYPE_CODES[model_input.dtype]],
+            [*sizes(x), history.shape[0], model_input.shape[0], rows.shape[0], coef.shape[0]],
+            coef_strides,
+        )
+
+    def __call__(self, outputs: list[torch.Tensor]) -> None:
+        layout = [(m.dtype, m.device, m.shape, m.stride()) for m in outputs]
+        if layout != self.layout:
+            self._expect(outputs, layout)
+        if not self.even:
+            outputs = [evenly_strided(m)[0] for m in outputs]
+        self.step(self.source, *[m.data_ptr() for m in outputs])
+
+    def _expect(self, outputs: list[torch.Tensor], layout: list) -> None:
+        check(*self.fixed[:4], outputs, *self.fixed[4:])
+        even = [evenly_strided(m) for m in outputs]
+        self.step.expect([(native.TYPE_CODES[m.dtype], m.shape[0], stride) for m, stride in even])
+        self.even = all(a is b for (a, _), b in zip(even, outputs, strict=True))
+        self.layout = layout
+
+
+@solver_step.sample
+def _(device):
+    from fastdiff.ops.solver_step_samples import samples
+
+    yield from samples(device)

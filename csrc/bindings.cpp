@@ -1,0 +1,108 @@
+// The table of contents of the CPU module: every op's prototype beside its binding. Arguments are addresses, sizes,
+// strides in elements and type codes (common/types.h); contracts in fastdiff/ops check them before they come here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <tuple>
+#include <vector>
+
+#include "cpu/bound_step.h"
+#include "cpu/dispatch.h"
+#include "cpu/gram.h"
+#include "cpu/parallel.h"
+#include "cpu/philox_normal.h"
+#if defined(FASTDIFF_FAULTS)
+#include "cpu/faults.h"
+#endif
+
+namespace py = pybind11;
+namespace fastdiff {
+namespace {
+
+// elements from which a call lets other Python threads run: below, waiting for the interpreter lock costs more
+constexpr int64_t kRelease = 1 << 20;
+// elements after which Ctrl-C is looked for: about 50 ms of the slowest instruction set
+constexpr int64_t kInterrupt = 1 << 23;
+
+template <class F>
+void run_released(int64_t elements, F&& work) {
+  if (elements < kRelease) return work();
+  {
+    py::gil_scoped_release released;
+    work();
+  }
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// philox_normal(out [rows, n] float32, seed [rows] int64, step [rows] int32, stream [rows] int32, rows, n)
+void philox_normal_cpu(uintptr_t out, uintptr_t seed, uintptr_t step, uintptr_t stream, int64_t rows, int64_t n) {
+  const int64_t part = rows > 0 ? std::max<int64_t>(kInterrupt / rows / 4 * 4, 4) : n;
+  for (int64_t first = 0; first < n; first += part) {
+    const int64_t count = std::min(part, n - first);
+    run_released(rows * count, [&] {
+      philox_normal(pointer<float>(out) + first, pointer<const int64_t>(seed), pointer<const int32_t>(step),
+                    pointer<const int32_t>(stream), rows, n, first, count);
+    });
+  }
+}
+
+// gram(out [batch, N, N + 1] float64, operands N x (address, type, (batch, channel, element stride)), batch, channels,
+// elements)
+using Strided = std::tuple<uintptr_t, int, std::array<int64_t, 3>>;
+void gram_cpu(uintptr_t out, const std::vector<Strided>& operands, int64_t batch, int64_t channels, int64_t elements) {
+  const int count = int(operands.size());
+  if (count > kMaxOperands) throw std::invalid_argument("gram: operands must be at most 8");
+  const int64_t size = channels * elements, chunks = (size + kGramChunk - 1) / kGramChunk;
+  const int64_t part = std::max<int64_t>(kInterrupt / std::max<int64_t>(size * count, 1), 1);
+  std::vector<double> partial(size_t(std::min(part, batch) * chunks * kMaxProducts));
+  for (int64_t first = 0; first < batch; first += part) {
+    const int64_t rows = std::min(part, batch - first);
+    Gram task{count, {}, rows, channels, elements, pointer<double>(out) + first * count * (count + 1), partial.data()};
+    for (int k = 0; k < count; ++k) {
+      const auto& [data, type, stride] = operands[size_t(k)];
+      task.operand[k] = {pointer<char>(data) + first * stride[0] * size_of(type), {stride[0], stride[1], stride[2]}, type};
+    }
+    run_released(rows * size * count, [&] { gram(task); });
+  }
+}
+
+// The step is not interrupted half way: a state of which one part is a step ahead of the rest is worth nothing.
+void solver_step_cpu(BoundStep& step, uintptr_t source, uintptr_t m0, uintptr_t m1, uintptr_t m2, uintptr_t m3) {
+  run_released(step.elements(), [&] { step.run(source, {m0, m1, m2, m3}); });
+}
+
+}  // namespace
+}  // namespace fastdiff
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace fastdiff;
+  m.doc() = "CPU kernels of fastdiff; call them through fastdiff.ops";
+  m.def("philox_normal", &philox_normal_cpu);
+  m.def("gram", &gram_cpu);
+  py::class_<BoundStep>(m, "SolverStep")
+      .def(py::init<const std::array<uintptr_t, 9>&, const std::array<int, 2>&, const std::array<int64_t, 7>&,
+                    const std::array<int64_t, 4>&>())
+      .def("expect",
+           [](BoundStep& step, const std::vector<std::tuple<int, int64_t, std::array<int64_t, 3>>>& outputs) {
+             std::vector<BoundStep::Layout> layouts;
+             for (const auto& [type, rows, stride] : outputs) layouts.push_back({type, rows, stride});
+             step.expect(layouts);
+           })
+      .def("__call__", &solver_step_cpu, py::arg("source"), py::arg("m0") = 0, py::arg("m1") = 0, py::arg("m2") = 0,
+           py::arg("m3") = 0);
+
+  parallel_runtime();  // registers the fork handler before anybody can fork
+  m.def("isa", [] { return isa_name(isa()); }, "The instruction set in use.");
+  m.def("isa_detected", [] { return isa_name(isa_detected()); }, "The best instruction set this machine runs.");
+  m.def("threads_from", &parallel_runtime, "Whose threads the kernels run on.");
+#if defined(FASTDIFF_FAULTS)
+  m.def("fault", &fault, "Commits a planted memory or arithmetic fault, which a sanitizer must catch.");
+#endif
+}
