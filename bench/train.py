@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.fashion_mnist import DEFAULT_FOLDER, load_split, to_unit_range
-from fastdiff.models.checkpoint import load_checkpoint, save_checkpoint, write_atomic
+from fastdiff.models.atomic import write_atomic
+from fastdiff.models.checkpoint import load_checkpoint, save_checkpoint
 from fastdiff.models.classifier import Classifier, ClassifierConfig
 from fastdiff.models.dit import DiT, DiTConfig
 from fastdiff.models.unet import UNet, UNetConfig

@@ -19,8 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdiff.models import checkpoint
-from fastdiff.models.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_atomic
+from fastdiff.models.atomic import write_atomic
+from fastdiff.models.checkpoint import load_checkpoint, save_checkpoint
+from fastdiff.models.header import DTYPE_NAMES, CheckpointError
 
 QUANT_RECORD = {"bits": 8, "group": 16, "in_features": 16, "sym": True}
 ONES = struct.pack("<2f", 1.0, 1.0)
@@ -155,6 +156,42 @@ def test_zero_points_must_fit_the_bits(tmp_path, zero):
         assert "zeros" in refused(path, path.read_bytes())
 
 
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408, 0x4B50, 0x14B50])
+def test_header_lengths_that_look_like_pickle_or_zip_are_read(tmp_path, length):
+    raw = json.dumps({"a": record([2], [0, 8])}).encode().ljust(length)
+    (tmp_path / "m.safetensors").write_bytes(packed(None, ONES, raw=raw))
+    assert load_checkpoint(tmp_path / "m.safetensors")[0]["a"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "hashes", ["", "[]", "{", '{"b": 1}', '{"a": 1}', '{"a": [1]}', "\ud800", '{"a": "\ud800"}', "[" * 10**5]
+)
+def test_broken_hash_lists_are_refused(tmp_path, hashes):
+    header = {"__metadata__": {"fastdiff.sha256": hashes}, "a": record([2], [0, 8])}
+    refused(tmp_path / "m.safetensors", packed(header, ONES))
+
+
+def test_long_integers_are_refused_before_they_are_converted(tmp_path):
+    assert "19 digits" in refused(tmp_path / "m.safetensors", ATTACKS["4000-digit integer"])
+
+
+def test_random_quant_records_are_refused_or_agree_with_the_tensors(tmp_path):
+    path, accepted = tmp_path / "m.safetensors", 0
+    for seed in range(200):
+        draw = random.Random(seed)
+        layer = dict(QUANT_RECORD)
+        for key in draw.sample(sorted(layer), draw.randint(0, 2)):
+            layer[key] = draw.choice([0, 1, 4, 8, 16, 32, 1 << 40, -16, True, False, None, 1.5, "8", [], {}])
+        path.write_bytes(quantized(layer, record([2, 1], [32, 40])))
+        try:
+            load_checkpoint(path)
+        except CheckpointError:
+            continue
+        accepted += 1
+        assert layer == QUANT_RECORD
+    assert accepted > 10
+
+
 def test_pickles_are_refused_with_a_hint(tmp_path):
     for protocol in range(2, 6):
         assert "convert" in refused(tmp_path / "m.bin", pickle.dumps({"a": 1}, protocol))
@@ -215,8 +252,8 @@ def test_not_regular_files_are_refused_without_waiting(tmp_path):
 def samples() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     tensors = {"empty": torch.zeros(3, 0, 2), "scalar": torch.tensor(3.5), "odd": torch.arange(7, dtype=torch.uint8)}
-    for dtype in checkpoint.DTYPE_NAMES:
-        tensors[f"a.{checkpoint.DTYPE_NAMES[dtype]}"] = (torch.randn(3, 5, generator=generator) * 9).to(dtype)
+    for dtype in DTYPE_NAMES:
+        tensors[f"a.{DTYPE_NAMES[dtype]}"] = (torch.randn(3, 5, generator=generator) * 9).to(dtype)
     tensors["strided"] = torch.randn(6, 8, generator=generator)[::2, 1::3].T
     return tensors
 

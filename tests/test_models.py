@@ -10,9 +10,10 @@ import torch
 
 from bench import train
 from bench.quality import features, frechet_distance
-from fastdiff.models.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from fastdiff.models.checkpoint import load_checkpoint, save_checkpoint
 from fastdiff.models.dit import DiT, DiTConfig
 from fastdiff.models.embeddings import grid_sinusoid, timestep_sinusoid
+from fastdiff.models.header import CheckpointError
 from fastdiff.models.load import BUNDLED, WEIGHTS, load_classifier, load_model
 from fastdiff.models.unet import UNet, UNetConfig
 

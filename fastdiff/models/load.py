@@ -11,9 +11,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
-from .checkpoint import CheckpointError, read_checkpoint
+from .checkpoint import read_checkpoint
 from .classifier import Classifier, ClassifierConfig
 from .dit import DiT, DiTConfig
+from .header import CheckpointError
 from .unet import UNet, UNetConfig
 
 Tensor = torch.Tensor
