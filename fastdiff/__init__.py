@@ -1,3 +1,53 @@
 """fastdiff: a kernel-backed sampling engine for diffusion and flow models."""
 
+from fastdiff.carry import Carry, Hook
+from fastdiff.guidance import CFG
+from fastdiff.loop import NonFiniteError
+from fastdiff.ops import backend
+from fastdiff.plan import Plan, RowSettings
+from fastdiff.process import (
+    VE,
+    Flow,
+    Level,
+    MeanReverting,
+    Process,
+    SubVP,
+    TrigFlow,
+    VPCosine,
+    VPDiscrete,
+    VPLinear,
+    convert,
+    discrete_alphas,
+)
+from fastdiff.sampler import Cancelled, Sampler, Step
+from fastdiff.solvers import SOLVERS, Solver, SolverTable
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "CFG",
+    "SOLVERS",
+    "VE",
+    "Cancelled",
+    "Carry",
+    "Flow",
+    "Hook",
+    "Level",
+    "MeanReverting",
+    "NonFiniteError",
+    "Plan",
+    "Process",
+    "RowSettings",
+    "Sampler",
+    "Solver",
+    "SolverTable",
+    "Step",
+    "SubVP",
+    "TrigFlow",
+    "VPCosine",
+    "VPDiscrete",
+    "VPLinear",
+    "backend",
+    "convert",
+    "discrete_alphas",
+]
