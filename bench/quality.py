@@ -12,8 +12,11 @@ from pathlib import Path
 import torch
 
 from bench.fashion_mnist import DEFAULT_FOLDER, load_split, to_unit_range
+from fastdiff.images import grid, save_png
 from fastdiff.models.classifier import Classifier
 from fastdiff.models.load import LoadedModel, load_classifier, load_model
+from fastdiff.sampler import Sampler
+from fastdiff.solvers.compat import process_of
 
 Tensor = torch.Tensor
 
@@ -64,9 +67,6 @@ def sample(
 
     `settings` are those of `Sampler.sample`, as solver and steps. Labels are None for an unconditional model.
     """
-    from fastdiff.sampler import Sampler
-    from fastdiff.solvers.compat import process_of
-
     sampler = Sampler(model.net, prediction=model.prediction, process=process_of(model.scheduler_config))
     images, labels = [], []
     for rows in _batches(samples, batch):
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--data", type=Path, default=DEFAULT_FOLDER)
+    parser.add_argument("--grid", type=Path, default=None, help="write the first 60 images to this PNG")
     args = parser.parse_args()
     model, net = load_model(args.model), load_classifier()
     settings = {"solver": args.solver, "steps": args.steps, "guidance": args.guidance}
@@ -115,6 +116,8 @@ def main() -> None:
     if labels is not None:
         report["agreement"] = round(agreement(images, labels, net), 4)
     print(json.dumps(report))
+    if args.grid is not None:
+        save_png(args.grid, grid(images[:60], columns=10), {"fastdiff": json.dumps(report)})
 
 
 if __name__ == "__main__":
