@@ -12,7 +12,7 @@ def block_rows(r: int, nodes: list[Level], history: str, solver_type: str, inner
     """One step of order len(nodes) - 1 through these levels: the base, the inner nodes, and where it ends.
 
     solver_type  "midpoint" (the papers' default) or "heun" (the Taylor form)
-    inner        second stage of order 3: "exact" (Lu et al. 2022, alg. 2) or "midpoint" (as published pipelines do)
+    inner        second stage of order 3: "exact" (Lu et al. 2022, alg. 2), or the "same" rule as order 2 has (diffusers)
 
     A step of infinite h becomes first-order steps over the same nodes.
     """
@@ -86,7 +86,7 @@ def planned_rows(
 
     plan  order of every step, adding up to the number of calls; None is `order_plan`
     """
-    choose("solver_type", solver_type, _TYPES), choose("inner", inner, ("exact", "midpoint"))
+    choose("solver_type", solver_type, _TYPES), choose("inner", inner, ("exact", "same"))
     choose("order", order, (1, 2, 3)), choose("history", history, ("data", "noise"))
     calls = len(levels) - 1
     plan = order_plan(calls, order) if plan is None else plan
