@@ -11,6 +11,8 @@
 #include "common/types.h"
 
 #define FASTDIFF_ALWAYS static inline __attribute__((always_inline))
+// arrays of vectors stay in registers only while every index is a constant
+#define FASTDIFF_UNROLL _Pragma("GCC unroll 8")
 
 namespace fastdiff {
 namespace FASTDIFF_ISA {

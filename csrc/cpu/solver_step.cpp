@@ -64,9 +64,11 @@ FASTDIFF_ALWAYS void accumulate(VectorT<T> (&sum)[kVectors], const Term<T>& t, i
   constexpr int lanes = kBytes / sizeof(T);
   if (t.k_step == 0 && t.type == kTypeOf<T>) {
     const V k = V{} + *t.k;
+    FASTDIFF_UNROLL
     for (int u = 0; u < kVectors; ++u) sum[u] = sum[u] + k * load<V>((const T*)t.v + i + u * lanes);
   } else {
     const Field<T> k{t.k, t.k_step};
+    FASTDIFF_UNROLL
     for (int u = 0; u < kVectors; ++u)
       sum[u] = sum[u] + load_field(k, i + u * lanes) * load_term(t.k, t.v, i + u * lanes, t.type);
   }
@@ -87,18 +89,27 @@ FASTDIFF_ALWAYS void put(T* to, VectorT<T> value, bool past) {
   store(to, value);
 }
 
+// out of line: seldom used, and it needs its value in memory
+static __attribute__((noinline)) void put_float64(double* to, const float* value) {
+  for (int l = 0; l < kFloats; ++l) to[l] = double(value[l]);
+}
+
 FASTDIFF_ALWAYS void put_input(void* to, F32 value, int64_t i, int type, bool past) {
   if (past) return store_past((float*)to + i, value);
   if (type != kFloat64) return store_float((char*)to + i * size_of(type), value, type);
-  for (int l = 0; l < kFloats; ++l) ((double*)to)[i + l] = double(value[l]);
+  float part[kFloats];
+  store(part, value);
+  put_float64((double*)to + i, part);
 }
 FASTDIFF_ALWAYS void put_input(void* to, F64 value, int64_t i, int type, bool past) {
   constexpr int lanes = kBytes / 8;
   if (type == kFloat64) return put((double*)to + i, value, past);
-  F32 narrow = {};
-  for (int l = 0; l < lanes; ++l) narrow[l] = float(value[l]);
+  double wide[lanes];
+  float narrow[kFloats] = {};
   char part[kBytes];
-  store_float(part, narrow, type);
+  store(wide, value);
+  for (int l = 0; l < lanes; ++l) narrow[l] = float(wide[l]);
+  store_float(part, load<F32>(narrow), type);
   memcpy((char*)to + i * size_of(type), part, size_t(lanes * size_of(type)));
 }
 
@@ -108,26 +119,36 @@ FASTDIFF_ALWAYS void run_tile(const Segment<T>& s, int64_t i) {
   constexpr int lanes = kBytes / sizeof(T);
   V raw[kVectors] = {}, next[kVectors] = {}, h[kVectors];
   for (int t = 0; t < s.predicts; ++t) accumulate(raw, s.predict[t], i);
+  FASTDIFF_UNROLL
   for (int u = 0; u < kVectors; ++u) h[u] = raw[u];
   if (s.low.k)
+    FASTDIFF_UNROLL
     for (int u = 0; u < kVectors; ++u)
       h[u] = clamp(raw[u], load_field(s.low, i + u * lanes), load_field(s.high, i + u * lanes));
   if (s.has_first) accumulate(next, s.first, i);
   if (s.next_h.k)
+    FASTDIFF_UNROLL
     for (int u = 0; u < kVectors; ++u) next[u] = next[u] + load_field(s.next_h, i + u * lanes) * h[u];
   if (s.next_raw.k)
+    FASTDIFF_UNROLL
     for (int u = 0; u < kVectors; ++u) next[u] = next[u] + load_field(s.next_raw, i + u * lanes) * raw[u];
   for (int t = 0; t < s.rests; ++t) accumulate(next, s.rest[t], i);
   if (s.next_one.k)
+    FASTDIFF_UNROLL
     for (int u = 0; u < kVectors; ++u) next[u] = next[u] + load_field(s.next_one, i + u * lanes);
   if (s.out_x)
+    FASTDIFF_UNROLL
     for (int u = 0; u < kVectors; ++u) put(s.out_x + i + u * lanes, load<V>(s.x + i + u * lanes), s.past_x);
   if (s.out_h)
+    FASTDIFF_UNROLL
     for (int u = 0; u < kVectors; ++u) put(s.out_h + i + u * lanes, h[u], s.past_h);
+  FASTDIFF_UNROLL
   for (int u = 0; u < kVectors; ++u) store(s.out + i + u * lanes, next[u]);
   if (!s.scale.k) return;
+  FASTDIFF_UNROLL
   for (int u = 0; u < kVectors; ++u) next[u] = load_field(s.scale, i + u * lanes) * next[u];
   for (int64_t g = 0; g < s.copies; ++g)
+    FASTDIFF_UNROLL
     for (int u = 0; u < kVectors; ++u)
       put_input((char*)s.out_input + g * s.copy_stride, next[u], i + u * lanes, s.input_type, s.past_input);
 }
