@@ -161,7 +161,15 @@ def jobs() -> int:
 def run_ninja(folder: Path, compiles: list[list[str]], link: list[str]) -> None:
     quote = lambda command: shlex.join(command).replace("$", "$$")
     path = lambda text: text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-    lines = ["rule run", "  command = $do", "rule compile", "  command = $do", "  depfile = $out.d", "  deps = gcc"]
+    lines = [
+        f"builddir = {path(str(folder))}",
+        "rule run",
+        "  command = $do",
+        "rule compile",
+        "  command = $do",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
     for command in compiles:
         lines += [f"build {path(command[-1])}: compile {path(command[-3])}", f"  do = {quote(command)}"]
     lines += [f"build {path(link[-1])}: run {' '.join(path(c[-1]) for c in compiles)}", f"  do = {quote(link)}"]
