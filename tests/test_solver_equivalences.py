@@ -10,7 +10,7 @@ from solvers_textbook import trace_of
 
 from fastdiff.ops.philox_normal import philox_normal
 from fastdiff.ops.solver_step import solver_step
-from fastdiff.process import VE, Flow, Level, TrigFlow, VPLinear
+from fastdiff.process import VE, Flow, Level, MeanReverting, TrigFlow, VPLinear
 from fastdiff.solvers import SOLVERS, Noise, compile_table, solver
 from fastdiff.solvers.exponential import psi, solve_moments
 
@@ -246,3 +246,44 @@ def test_levels_of_zero_noise_or_rising_noise_are_refused_clearly():
         compile_table(SOLVERS["ddim"], [clean, *PROCESS.levels([0.1, 0.5])], PROCESS)
     with pytest.raises(ValueError, match="monotonic"):
         compile_table(SOLVERS["ddim"], PROCESS.levels([0.5, 0.5]), PROCESS)
+
+
+MEAN_WEIGHTS = {  # published weights of the known endpoint in mean-reverting samplers, from alpha, sigma, alpha', sigma', h
+    ("dpmpp-2m",): lambda a, s, a2, s2, h: 1.0 - s2 / s + s2 / s * a - a2,
+    ("dpm-2m",): lambda a, s, a2, s2, h: 1.0 - a2 / a,
+    ("sde-dpmpp-2m",): lambda a, s, a2, s2, h: 1.0 - a2 / a * np.exp(-2 * h) - a2 * (1.0 - np.exp(-2 * h)),
+    ("sa", ("history", "noise"), ("interval", (0.0, 1.0))): lambda a, s, a2, s2, h: 1.0 - a2 / a,
+}
+
+
+@pytest.mark.parametrize("key", MEAN_WEIGHTS, ids=str)
+def test_mean_reverting_weights(key):
+    process = MeanReverting(sigma_max=0.4)
+    levels = process.levels(process.time_of_lam(np.linspace(-2.0, 2.5, 7)))
+    table = compile_table(solver(key[0], **dict(key[1:])), levels, process, "noise")
+    for row, at, to in zip(table.rows, levels[:-1], levels[1:], strict=True):
+        want = MEAN_WEIGHTS[key](at.alpha, at.sigma, to.alpha, to.sigma, to.lam - at.lam)
+        assert row.D == pytest.approx(want, rel=1e-12)
+
+
+def test_rescaled_sa_moves_the_published_amount_between_two_predictions():
+    levels, q = lambda_levels(6), 2.0
+    options = {"order": 2, "interval": (0.0, 2.0)}
+    for corrector in (0, 2):
+        plain = rows_of("sa", levels, corrector_order=corrector, **options)
+        scaled = rows_of("sa", levels, corrector_order=corrector, rescale=True, **options)
+        for r in range(1, 4):
+            at, to = levels[r], levels[r + 1]
+            h = to.lam - at.lam
+            moment = h**2 / 2 - (q * h - 1.0 + np.exp(-q * h)) / q**2
+            change = {r: q * to.alpha * moment / (at.lam - levels[r - 1].lam)}
+            change[r - 1] = -change[r]
+            if corrector:  # the last step's corrector less its predictor, times A
+                moment_before = (levels[r].lam - levels[r - 1].lam) ** 2 / 2 - (q * h - 1.0 + np.exp(-q * h)) / q**2
+                new = q * at.alpha * moment_before / h
+                old = new if r > 1 else 0.0  # the first predictor has one term: nothing was rescaled
+                for k, value in ((r, new), (r - 1, -new - old), (r - 2, old)):
+                    change[k] = change.get(k, 0.0) + plain[r].A * value
+            for k, value in change.items():
+                got = scaled[r].B.get(k, 0.0) - plain[r].B.get(k, 0.0)
+                assert got == pytest.approx(value, rel=1e-9, abs=1e-14)

@@ -1,5 +1,6 @@
 """SolverTable: a solver compiled for one process and one list of noise levels."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -81,7 +82,7 @@ def compile_table(
     """
     check_levels(levels)
     _check_history(levels, solver.history)
-    rows = carry_mean(solver.rows(list(levels), process, **solver.options))
+    rows = solver.rows(list(levels), process, **solver.options)
     conversions = [convert(prediction, solver.history, row.at) for row in rows]
     c_in = np.array([process.input_scale(row.at) for row in rows])
     return assemble(solver, rows, prediction, conversions, c_in, clamp)
@@ -102,7 +103,8 @@ def assemble(
     lo, hi = clamp if clamp is not None else (-np.inf, np.inf)
     for r, row in enumerate(rows):
         a, b, d = conversions[r]
-        put = {"a": a, "b0": b, "d": d, "lo": lo, "hi": hi, "A": row.A, "B": row.B.get(r, 0.0), "R": row.R, "D": row.D}
+        put = {"a": a, "b0": b, "d": d, "lo": lo, "hi": hi, "A": row.A, "B": row.B.get(r, 0.0), "R": row.R}
+        put["D"] = row.D or 0.0
         for key, value in _slot_terms(r, row, slot_of).items():
             put[f"S{key}"] = value
         for name, noise in zip(("C0", "C1"), row.noise, strict=False):
@@ -118,12 +120,14 @@ def assemble(
 
 def carry_mean(rows: Sequence[Row]) -> tuple[Row, ...]:
     """Fills in D where a row leaves it open: the weight of the known endpoint u moves from mean(at) to mean(to)."""
-    return tuple(row if row.D is not None else replace(row, D=_mean_left(row, rows)) for row in rows)
+    return tuple(replace(row, D=_mean_left(row, rows)) if row.D is None and _has_mean(row) else row for row in rows)
+
+
+def _has_mean(row: Row) -> bool:
+    return row.to.mean != 0.0 or row.at.mean != 0.0
 
 
 def _mean_left(row: Row, rows: Sequence[Row]) -> float:
-    if row.to.mean == 0.0 == row.at.mean:
-        return 0.0
     return row.to.mean - row.A * row.at.mean - sum(v * rows[k].at.mean for k, v in row.X.items())
 
 
@@ -197,7 +201,7 @@ def check_rows(
     for r, row in enumerate(rows if exact else ()):
         for name, terms, want in _invariants(r, row, rows, history):
             if name in exact:
-                error = abs(float(np.sum(terms)) - want) / max(float(np.max(np.abs(terms))), abs(want), 1e-30)
+                error = abs(math.fsum(terms) - want) / max(*map(abs, terms), abs(want), 1e-30)
                 worst = max(worst, error)
                 if not error <= tolerance:
                     raise ValueError(f"SolverTable: row {r} is not exact for constant {name} (off by {error:.1e})")
@@ -215,7 +219,7 @@ def _invariants(r: int, row: Row, rows: Sequence[Row], history: str):
     if not row.noise:
         yield "noise", noise, row.to.sigma
     if history == "data":
-        yield "variance", [float(np.sum(noise)) ** 2, *(n.scale**2 for n in row.noise)], row.to.sigma**2
+        yield "variance", [math.fsum(noise) ** 2, *(n.scale**2 for n in row.noise)], row.to.sigma**2
     yield "mean", [v * at.mean for v, at in level] + [row.D or 0.0], row.to.mean
 
 
