@@ -67,6 +67,7 @@ def tcd_rows(levels: list[Level], process: Process, *, gamma: float) -> list[Row
     return rows
 
 
+# order 0: the renoised share of a step does not shrink with it, so nothing converges unless the jumps are exact
 _AFFINE = frozenset({"data", "noise", "variance", "mean"})
 LCM = Solver(
     "lcm",
@@ -77,6 +78,6 @@ LCM = Solver(
     refine=lambda options: {"exact": frozenset() if options["boundary"] else frozenset({"data", "variance"})},
 )
 CM = Solver("cm", cm_rows, order=0, exact=frozenset({"data"}), spacing="karras", final="t_min")
-CTM = Solver("ctm", ctm_rows, order=1, options={"gamma": 0.2}, exact=_AFFINE, spacing="karras", final="t_min")
-TCD = Solver("tcd", tcd_rows, order=1, options={"gamma": 0.3}, exact=_AFFINE)
+CTM = Solver("ctm", ctm_rows, order=0, options={"gamma": 0.2}, exact=_AFFINE, spacing="karras", final="t_min")
+TCD = Solver("tcd", tcd_rows, order=0, options={"gamma": 0.3}, exact=_AFFINE)
 SOLVERS = (LCM, CM, CTM, TCD)
