@@ -24,5 +24,5 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE)
 	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV) || \
 	  { echo "python3 -m venv failed: apt-get install python3-venv"; exit 2; }
 	@echo "installing into $(VENV), about a minute the first time"
-	@$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@$(PY) -m pip install --quiet --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
