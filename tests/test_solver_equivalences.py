@@ -140,6 +140,37 @@ def test_infinitely_distant_nodes_are_left_out():
         assert {1, 2} <= set(rows[2].B)
 
 
+def test_fixed_adams_weights_are_exact_on_a_grid_uniform_in_kappa():
+    kappa = np.linspace(4.0, 0.4, 10)
+    levels = VE().levels(kappa)
+    assert same_rows(rows_of("ipndm", levels, VE()), rows_of("lms", levels, VE()), 1e-14)
+    assert not same_rows(rows_of("ipndm", lambda_levels(9)), rows_of("lms", lambda_levels(9)), 1e-3)
+
+
+def test_noise_histories_invert_from_clean_data():
+    """From x0 itself (lambda infinite, no usable node there) to noise, along the exact flow."""
+    errors = []
+    for n in (40, 80):
+        levels = [PROCESS.zero_noise(), *lambda_levels(n - 1, -3.0, 3.0 + 0.02 * n)[::-1]]
+        made = solver("exp-adams", order=2, history="noise")
+        rows = compile_table(made, levels, PROCESS, "noise").rows
+        x0 = MIXTURE.quantile(levels[0], QUANTILES)
+        limit = levels[1]  # the noise that a model predicts at clean data is that of the first noisy level
+        ghost = (MIXTURE.quantile(limit, QUANTILES) - limit.alpha * x0) / limit.sigma
+
+        def denoise(level, x, ghost=ghost):
+            return x - ghost if level.sigma == 0.0 else MIXTURE.denoise(level, x)
+
+        h = {0: ghost}
+        x = rows[0].A * x0 + rows[0].B[0] * ghost
+        for r, row in enumerate(rows[1:], 1):
+            h[r] = (x - row.at.alpha * denoise(row.at, x)) / row.at.sigma
+            x = row.A * x + sum(v * h[k] for k, v in row.B.items())
+            assert 0 not in row.B
+        errors.append(np.abs(x - MIXTURE.quantile(levels[-1], QUANTILES)).max())
+    assert errors[1] < 0.02 and errors[0] / errors[1] > 2.5
+
+
 def test_third_order_needs_the_full_second_difference():
     """The published third-order weights halve it, and measure second order."""
     errors = {}

@@ -164,6 +164,8 @@ BAD = {
     "repeated sigmas": ((VE(), None, "sigmas"), {"sigmas": [2.0, 2.0, 1.0]}, "monotonic"),
     "negative sigma": ((VE(), None, "sigmas"), {"sigmas": [2.0, -1.0]}, "non-negative"),
     "infinite sigma": ((VE(), None, "sigmas"), {"sigmas": [np.inf, 1.0]}, "finite"),
+    "no count": ((VPLinear(), None, "karras"), {}, "needs a number of steps"),
+    "no sigmas": ((VE(), None, "sigmas"), {}, r"sigmas=\[...\]"),
     "nan time": ((VPLinear(), None, [0.9, np.nan]), {}, "NaN"),
     "empty times": ((VPLinear(), None, []), {}, "at least one"),
     "matrix": ((VPLinear(), None, [[0.9]]), {}, "vector"),

@@ -5,6 +5,7 @@ from fastdiff.solvers import (
     bdia,
     consistency,
     deis,
+    exp_adams,
     first_order,
     heun,
     multistep,
@@ -22,6 +23,7 @@ SOLVERS: dict[str, Solver] = {
     for entry in (
         *first_order.SOLVERS,
         *multistep.SOLVERS,
+        exp_adams.EXP_ADAMS,
         unipc.UNIPC,
         sa.SA,
         *deis.SOLVERS,

@@ -1,4 +1,4 @@
-"""Multistep exponential solvers: DPM-Solver, DPM-Solver++ (ODE and SDE) and exact exponential Adams."""
+"""Multistep DPM-Solver and DPM-Solver++, as ODE and as SDE solvers (Lu et al. 2022; k-diffusion's eta)."""
 
 from collections.abc import Mapping
 
@@ -79,23 +79,6 @@ DPMPP_3M_SDE = Solver(
     options={"eta": 1.0, "s_noise": 1.0, "third": "compat"},
     refine=_sde_order,
 )
-
-
-def exp_adams_rows(levels: list[Level], process: Process, *, order: int, history: str) -> list[Row]:
-    """Exponential Adams-Bashforth in lambda with all moments exact (Hochbruck and Ostermann 2010, eq. 4.6)."""
-    choose("order", order, range(1, 6)), choose("history", history, ("data", "noise"))
-    orders = falling_orders(len(levels) - 1, order, 0, False)
-    return exponential_rows(levels, orders, Rule(history))
-
-
-EXP_ADAMS = Solver(
-    "exp-adams",
-    exp_adams_rows,
-    order=3,
-    exact=EXACT,
-    options={"order": 3, "history": "data"},
-    refine=lambda options: {"order": options["order"], "history": options["history"]},
-)
 SOLVERS = (
     DPM_2M,
     DPM_3M,
@@ -106,5 +89,4 @@ SOLVERS = (
     SDE_DPMPP_2M,
     DPMPP_2M_SDE,
     DPMPP_3M_SDE,
-    EXP_ADAMS,
 )

@@ -34,6 +34,7 @@ def levels(
 ) -> list[Level]:
     """The noise levels of a run: one per call and the one where it ends, steps + 1 in all.
 
+    steps    model steps; not used (it may be None) where times or sigmas are explicit
     spacing  a key of SPACINGS (which takes the options), or explicit times; a last time at zero noise is the end, not a call
     final    "zero" noise, the process's "t_min", or "given": the last value of the spacing itself (rising values: inversion)
 
@@ -46,6 +47,10 @@ def levels(
         steps = None
     if spacing not in SPACINGS:
         raise ValueError(f"levels: unknown spacing {spacing!r}; known are {', '.join(SPACINGS)}")
+    if steps is None and spacing not in ("timesteps", "sigmas"):
+        raise ValueError(
+            f"levels: spacing {spacing!r} needs a number of steps; only explicit times and sigmas do without"
+        )
     if steps is not None and (steps != int(steps) or steps < 1):
         raise ValueError(f"levels: steps must be a positive integer, got {steps!r}")
     lookup = {key: options.pop(key) for key in ("interpolation", "rounded_time") if key in options}
@@ -230,6 +235,10 @@ def _ramp(steps: int, final: str) -> np.ndarray:
 
 def _given(name: str):
     def grid(process: Process, steps: int | None, final: str, **options) -> np.ndarray:
+        if set(options) != {name}:
+            raise ValueError(
+                f"levels: spacing {name!r} takes the option {name}=[...] and no other, got {sorted(options)}"
+            )
         values = np.asarray(options[name], dtype=np.float64)
         if values.ndim != 1 or values.size < 1:
             raise ValueError(f"levels: {name} must be a vector of at least one entry")
