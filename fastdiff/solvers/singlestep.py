@@ -23,12 +23,12 @@ def block_rows(r: int, nodes: list[Level], history: str, solver_type: str, inner
     ratios = [(node.lam - base.lam) / h for node in nodes[1:-1]]
     stages = [Stage(nodes[1])]
     if len(nodes) == 3:
-        stages.append(Stage(nodes[2], _second(base, nodes[2], ratios[0], history, solver_type)))
+        stages.append(Stage(nodes[2], second_weights(base, nodes[2], ratios[0], history, solver_type)))
     elif len(nodes) == 4:
         r1, r2 = ratios
         rule = "heun" if inner == "exact" else solver_type
-        stages.append(Stage(nodes[2], _second(base, nodes[2], r1 / r2, history, rule)))
-        stages.append(Stage(nodes[3], _third(base, nodes[3], r1, r2, history, solver_type)))
+        stages.append(Stage(nodes[2], second_weights(base, nodes[2], r1 / r2, history, rule)))
+        stages.append(Stage(nodes[3], third_weights(base, nodes[3], r1, r2, history, solver_type)))
     return stage_rows(r, base, stages, history, step)
 
 
@@ -39,13 +39,13 @@ def _scaled_psi(base: Level, to: Level, history: str) -> list[float]:
     return [scale * moment for moment in psi(z, 3)]
 
 
-def _second(base: Level, to: Level, r1: float, history: str, solver_type: str) -> dict[int, float]:
+def second_weights(base: Level, to: Level, r1: float, history: str, solver_type: str) -> dict[int, float]:
     """Weights of the difference h_1 - h_0 with the inner node at the fraction r1."""
     psi0, psi1, _ = _scaled_psi(base, to, history)
     return {1: psi0 / (2.0 * r1) if solver_type == "midpoint" else psi1 / r1}
 
 
-def _third(base: Level, to: Level, r1: float, r2: float, history: str, solver_type: str) -> dict[int, float]:
+def third_weights(base: Level, to: Level, r1: float, r2: float, history: str, solver_type: str) -> dict[int, float]:
     _, psi1, psi2 = _scaled_psi(base, to, history)
     if solver_type == "midpoint":
         return {2: psi1 / r2}
