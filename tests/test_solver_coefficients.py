@@ -10,7 +10,7 @@ from solvers_problems import lambda_levels
 
 from fastdiff.process import VPLinear
 from fastdiff.solvers import solver
-from fastdiff.solvers.table import check_rows
+from fastdiff.solvers.invariants import check_rows
 
 PROCESS = VPLinear()
 LONG = {"lower_order_below": 0}  # as in runs of 15 steps or more

@@ -6,8 +6,9 @@ from solvers_problems import Gaussian, Mixture, execute, lambda_levels, slopes
 
 from fastdiff.process import VE, Flow, MeanReverting, SubVP, TrigFlow, VPDiscrete, VPLinear
 from fastdiff.solvers import SOLVERS, ancestral, compile_table, consistency, heun, singlestep, solver
+from fastdiff.solvers.invariants import check_rows
 from fastdiff.solvers.spacing import levels
-from fastdiff.solvers.table import carry_mean, check_rows
+from fastdiff.solvers.table import carry_mean
 
 PROCESS, QUANTILES = VPLinear(), np.array([0.05, 0.2, 0.45, 0.6, 0.8, 0.97])
 FULL = {"lower_order_final": False}  # a lower last order hides the order of the others
@@ -17,6 +18,7 @@ VARIANTS = [
     ("dpm-2m", {"solver_type": "heun"}),
     ("dpm-3m", {"third": "exact"}),
     ("dpmpp-3m", {"third": "exact"}),
+    ("dpmpp-3m-sde", {"third": "exact", "eta": 0.0}),
     *[("exp-adams", {"order": p, "history": h}) for p in (1, 2, 3, 4) for h in ("data", "noise")],
     *[
         ("unipc", {"order": p, "solver_type": b, "history": h, **FULL})

@@ -44,14 +44,10 @@ def _third(options: Mapping) -> dict:
     return {"order": 3 if options["third"] == "exact" else 2}
 
 
-def _variance(options: Mapping) -> dict:
-    """Marginal variances hold only while the noise is not scaled by hand."""
-    return {"exact": EXACT if options["s_noise"] == 1.0 else EXACT - {"variance"}}
-
-
-def _sde_order(options: Mapping) -> dict:
-    """Weak order 1 only without a second prediction; three terms gain nothing in the weak sense beyond 2."""
-    return {**_variance(options), "order": 2}
+def _sde(options: Mapping) -> dict:
+    """The weak order is 2 with fresh noise; marginal variances hold only while s_noise does not scale it by hand."""
+    exact = EXACT if options["s_noise"] == 1.0 else EXACT - {"variance"}
+    return {"exact": exact, "order": 3 if options["eta"] == 0.0 and options.get("third") == "exact" else 2}
 
 
 _TWO, _THREE = {"solver_type": "midpoint", **_FALLING}, {"solver_type": "midpoint", "third": "compat", **_FALLING}
@@ -69,7 +65,7 @@ DPMPP_2M_SDE = Solver(
     order=2,
     exact=EXACT,
     options={"eta": 1.0, "s_noise": 1.0, "solver_type": "midpoint"},
-    refine=_sde_order,
+    refine=_sde,
 )
 DPMPP_3M_SDE = Solver(
     "dpmpp-3m-sde",
@@ -77,7 +73,7 @@ DPMPP_3M_SDE = Solver(
     order=2,
     exact=EXACT,
     options={"eta": 1.0, "s_noise": 1.0, "third": "compat"},
-    refine=_sde_order,
+    refine=_sde,
 )
 SOLVERS = (
     DPM_2M,

@@ -1,19 +1,16 @@
 """SolverTable: a solver compiled for one process and one list of noise levels."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fastdiff.ops.solver_step import COEF, MAX_SLOTS, META
-from fastdiff.process import PREDICTIONS, Level, Process, convert
+from fastdiff.process import Level, Process, convert
+from fastdiff.solvers.invariants import check_history, check_levels, check_rows
 from fastdiff.solvers.row import Row, Solver
 
 _COLUMN = {name: index for index, name in enumerate(COEF)}
-_INVARIANT_TOLERANCE = 1e-9  # of the largest term; far below any table error that matters, far above rounding
-
-_NO_SIGNAL = 1e-8  # of sigma: an alpha that rounding left over where it should be 0, as cos(pi / 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +78,7 @@ def compile_table(
     Raises ValueError when the levels are fewer than two or not monotonic.
     """
     check_levels(levels)
-    _check_history(levels, solver.history)
+    check_history(levels, solver.history)
     rows = solver.rows(list(levels), process, **solver.options)
     conversions = [convert(prediction, solver.history, row.at) for row in rows]
     c_in = np.array([process.input_scale(row.at) for row in rows])
@@ -131,36 +128,6 @@ def _mean_left(row: Row, rows: Sequence[Row]) -> float:
     return row.to.mean - row.A * row.at.mean - sum(v * rows[k].at.mean for k, v in row.X.items())
 
 
-def check_levels(levels: Sequence[Level]) -> None:
-    """Raises ValueError unless the noise falls (or, for inversion, rises) strictly."""
-    if len(levels) < 2:
-        raise ValueError(f"noise levels: at least 2 are needed (1 step), got {len(levels)}")
-    kappa = np.array([level.kappa for level in levels])
-    if np.isnan(kappa).any():
-        raise ValueError("noise levels: NaN found; give finite, non-negative noise levels")
-    with np.errstate(invalid="ignore"):
-        change = np.diff(kappa)
-    change[np.isinf(kappa[:-1]) & np.isfinite(kappa[1:])] = -1.0
-    if not (np.all(change < 0) or np.all(change > 0)):
-        at = int(np.argmax(change >= 0)) if change[0] < 0 else int(np.argmax(change <= 0))
-        raise ValueError(
-            f"noise levels: must be strictly monotonic, got {kappa[at]:g} then {kappa[at + 1]:g} at step {at}"
-        )
-
-
-def _check_history(levels: Sequence[Level], history: str) -> None:
-    """Raises ValueError where a step starts at a level that this type of prediction cannot leave."""
-    if history == "data" and any(level.sigma == 0.0 for level in levels[:-1]):
-        raise ValueError(
-            "noise levels: a step of a solver with a data history cannot start at zero noise; begin slightly above"
-        )
-    if history == "noise" and any(level.alpha <= _NO_SIGNAL * level.sigma for level in levels):
-        raise ValueError(
-            "noise levels: a solver with a noise history cannot start at alpha = 0; use one with a data history "
-            "(ddim, dpmpp-2m, unipc) or start below the terminal noise level"
-        )
-
-
 def _assign_slots(rows: Sequence[Row]) -> tuple[np.ndarray, dict[tuple[str, int], int]]:
     """Gives every prediction and state that a later row reads a history slot, and reuses slots that are free."""
     last_use: dict[tuple[str, int], int] = {}
@@ -188,42 +155,3 @@ def _assign_slots(rows: Sequence[Row]) -> tuple[np.ndarray, dict[tuple[str, int]
 def _slot_terms(r: int, row: Row, slot_of: dict) -> dict[int, float]:
     reads = {("h", k): v for k, v in row.B.items() if k < r} | {("x", k): v for k, v in row.X.items() if k < r}
     return {slot_of[key]: value for key, value in reads.items() if value != 0.0}
-
-
-def check_rows(
-    rows: Sequence[Row], exact: frozenset[str], history: str, tolerance: float = _INVARIANT_TOLERANCE
-) -> float:
-    """Checks the invariants that a solver claims (solver exact on constant data, on constant noise, in variance).
-
-    Returns the largest violation relative to the largest term; raises ValueError above the tolerance.
-    """
-    worst = 0.0
-    for r, row in enumerate(rows if exact else ()):
-        for name, terms, want in _invariants(r, row, rows, history):
-            if name in exact:
-                error = abs(math.fsum(terms) - want) / max(*map(abs, terms), abs(want), 1e-30)
-                worst = max(worst, error)
-                if not error <= tolerance:
-                    raise ValueError(f"SolverTable: row {r} is not exact for constant {name} (off by {error:.1e})")
-    return worst
-
-
-def _invariants(r: int, row: Row, rows: Sequence[Row], history: str):
-    """(name, terms, wanted sum): what constant data, constant noise and the marginal variance demand of a row."""
-    own = {**row.B, r: row.B.get(r, 0.0) + row.R}
-    values = {k: _history_value(rows[k].at, history) for k in own}
-    level = [(row.A, row.at), *((v, rows[k].at) for k, v in row.X.items())]
-    data = [v * at.alpha for v, at in level] + [own[k] * values[k][0] for k in own]
-    noise = [v * at.sigma for v, at in level] + [own[k] * values[k][1] for k in own]
-    yield "data", data, row.to.alpha
-    if not row.noise:
-        yield "noise", noise, row.to.sigma
-    if history == "data":
-        yield "variance", [math.fsum(noise) ** 2, *(n.scale**2 for n in row.noise)], row.to.sigma**2
-    yield "mean", [v * at.mean for v, at in level] + [row.D or 0.0], row.to.mean
-
-
-def _history_value(level: Level, history: str) -> tuple[float, float]:
-    """(coefficient of x0, of noise) in a prediction of type `history` at a level."""
-    p, q, r = PREDICTIONS[history](level)
-    return p + r * level.alpha, q + r * level.sigma
