@@ -148,6 +148,17 @@ def test_same_numbers_as_diffusers(name, config, call):
     assert compare(name, config, call, wide=False) < STOCK.get(name, 1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [2, 3, 7, 14, 50])
+@pytest.mark.parametrize("name, config, call", CASES)
+def test_same_numbers_at_any_number_of_steps(name, config, call, steps):
+    if name == "SASolverScheduler" and steps < 6:
+        with pytest.raises(ValueError, match="noisy step"):
+            diffusers_setup(name, config, steps)
+        return
+    assert compare(name, config, call, wide=True, steps=steps) < 1e-5
+
+
 @pytest.mark.parametrize("name, config, reason", DECLINED)
 def test_settings_that_are_not_ours_are_declined_with_a_reason(name, config, reason):
     with pytest.raises(ValueError, match=reason):

@@ -35,7 +35,7 @@ def sigma_ladder(config: Mapping, steps: int, *, solver: Solver, rounded: bool =
 
 
 def exponential_ladder(
-    config: Mapping, steps: int, *, solver: Callable[[Mapping, int], Solver], last: str = ""
+    config: Mapping, steps: int, *, solver: Callable[[Mapping, np.ndarray], Solver], last: str = ""
 ) -> Setup:
     """The DPM-Solver family: integer times of n + 1 points without the last, or sigmas, or rectified flow."""
     last = last or config.get("final_sigmas_type", "zero")
@@ -61,10 +61,12 @@ def exponential_ladder(
         raise ValueError("diffusers_setup: this class repeats its last sigma, a step of no length; use its own times")
     end = 0.0 if last == "zero" else float(kappas[-1] if last == "last" and spaced is not None else table[0])
     levels = grids.kappa_levels(kappas, times, end)
-    return Setup(solver(config, steps), process, levels, prediction_of(config))
+    return Setup(solver(config, times), process, levels, prediction_of(config))
 
 
-def _flow_exponential(config: Mapping, steps: int, *, solver: Callable[[Mapping, int], Solver], last: str) -> Setup:
+def _flow_exponential(
+    config: Mapping, steps: int, *, solver: Callable[[Mapping, np.ndarray], Solver], last: str
+) -> Setup:
     if last != "zero":
         raise ValueError("diffusers_setup: flow sigmas need final_sigmas_type 'zero'")
     T, shift = int(config.get("num_train_timesteps", 1000)), float(config.get("flow_shift", 1.0))
@@ -75,16 +77,18 @@ def _flow_exponential(config: Mapping, steps: int, *, solver: Callable[[Mapping,
         sigmas[0] -= 1e-6 if abs(sigmas[0] - 1.0) < 1e-6 else 0.0
     else:
         sigmas = grids.shifted(1.0 - np.linspace(1.0, 1.0 / T, steps + 1), shift)[::-1][:-1]
-    levels = grids.flow_levels(sigmas, np.floor(sigmas * T))
-    return Setup(solver(config, steps), Flow(time_scale=float(T)), levels, prediction_of(config))
+    times = np.floor(sigmas * T)
+    levels = grids.flow_levels(sigmas, times)
+    return Setup(solver(config, times), Flow(time_scale=float(T)), levels, prediction_of(config))
 
 
-def dpm(config: Mapping, steps: int) -> Solver:
+def dpm(config: Mapping, times: np.ndarray) -> Solver:
     kind, order = config["algorithm_type"], int(config["solver_order"])
     choose("algorithm_type", kind, ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"))
     if kind.startswith("sde") and order == 3:
         raise ValueError(
-            "diffusers_setup: third-order SDE rows of diffusers differ; use order 1 or 2, or from_scheduler"
+            "diffusers_setup: the third-order SDE row of diffusers has a wrong sign (its weight of the second difference "
+            "tends to -alpha instead of 0); use dpmpp-3m-sde, order 2, or from_scheduler"
         )
     options = {
         "order": choose("solver_order", order, (1, 2, 3)),
@@ -97,7 +101,7 @@ def dpm(config: Mapping, steps: int) -> Solver:
     return Solver(kind, partial(dpm_rows, **options), order=order, history=options["history"])
 
 
-def deis(config: Mapping, steps: int) -> Solver:
+def deis(config: Mapping, times: np.ndarray) -> Solver:
     """DEIS in diffusers interpolates in log kappa: exact exponential Adams on noise predictions."""
     below = 15 if config["lower_order_final"] else 0
     options = {
@@ -109,7 +113,7 @@ def deis(config: Mapping, steps: int) -> Solver:
     return Solver("deis", partial(dpm_rows, history="noise", **options), order=options["order"], history="noise")
 
 
-def unipc(config: Mapping, steps: int) -> Solver:
+def unipc(config: Mapping, times: np.ndarray) -> Solver:
     return UNIPC.with_options(
         order=int(config["solver_order"]),
         solver_type=config["solver_type"],
@@ -119,19 +123,24 @@ def unipc(config: Mapping, steps: int) -> Solver:
     )
 
 
-def sa(config: Mapping, steps: int) -> Solver:
+_SA_NOISY = (200.0, 800.0)  # training steps with noise, unless the scheduler is given another tau_func
+
+
+def sa(config: Mapping, times: np.ndarray) -> Solver:
+    if times[-1] >= _SA_NOISY[0]:
+        raise ValueError(f"diffusers_setup: SASolver ends with a noisy step in {len(times)} steps; take more")
     return SA.with_options(
         order=int(config["predictor_order"]),
         corrector_order=int(config["corrector_order"]),
-        interval=(200.0, 800.0),
+        interval=_SA_NOISY,
         history="data" if config["algorithm_type"] == "data_prediction" else "noise",
         rescale=True,
         lower_order_final=bool(config["lower_order_final"]),
     )
 
 
-def single(config: Mapping, steps: int) -> Solver:
-    kind, order = config["algorithm_type"], int(config["solver_order"])
+def single(config: Mapping, times: np.ndarray) -> Solver:
+    kind, order, steps = config["algorithm_type"], int(config["solver_order"]), len(times)
     if kind.startswith("sde"):
         raise ValueError("diffusers_setup: the single-step SDE is not supported; compile it with from_scheduler")
     lower = config["lower_order_final"] or steps % order != 0 or config["final_sigmas_type"] == "zero"
@@ -149,7 +158,7 @@ def edm_process(config: Mapping) -> VE:
     return VE(t_max=high, t_min=low, sigma_data=float(config.get("sigma_data", 0.5)))
 
 
-def edm(config: Mapping, steps: int, *, solver: Solver | Callable[[Mapping, int], Solver]) -> Setup:
+def edm(config: Mapping, steps: int, *, solver: Solver | Callable[[Mapping, np.ndarray], Solver]) -> Setup:
     if config["prediction_type"] != "epsilon":
         raise ValueError("diffusers_setup: EDM schedulers are supported with prediction_type 'epsilon' only")
     process, ramp = edm_process(config), np.linspace(0.0, 1.0, steps)
@@ -158,11 +167,11 @@ def edm(config: Mapping, steps: int, *, solver: Solver | Callable[[Mapping, int]
     if config["sigma_schedule"] == "karras":
         sigmas = grids.karras(low, high, ramp, float(config["rho"]))
     else:
-        sigmas = np.exp(np.linspace(np.log(high), np.log(low), steps))
+        sigmas = np.exp(np.linspace(np.log(low), np.log(high), steps))[::-1]
     if config["final_sigmas_type"] != "zero":
         raise ValueError("diffusers_setup: EDM schedulers repeat sigma_min at the end; use final_sigmas_type 'zero'")
     levels = [*process.levels(sigmas), process.zero_noise()]
-    solver = solver if isinstance(solver, Solver) else solver(config, steps)
+    solver = solver if isinstance(solver, Solver) else solver(config, sigmas)
     return Setup(solver, process, levels, "edm", start=float(np.hypot(high, 1.0)))
 
 

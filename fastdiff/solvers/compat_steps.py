@@ -121,6 +121,8 @@ def plms(config: Mapping, steps: int) -> Setup:
         raise ValueError(
             "diffusers_setup: PNDM steps T // n down, which these times do not; use timestep_spacing 'leading'"
         )
+    if steps < 2:
+        raise ValueError("diffusers_setup: PNDM needs at least 2 steps")
     final = 1.0 if config.get("set_alpha_to_one") else float(products[0])
     levels = [grids.vp_level(float(t), float(products[t])) for t in times] + [grids.vp_level(0.0, final)]
     return Setup(PLMS, VPDiscrete(alphas_cumprod=products), levels, prediction_of(config))
