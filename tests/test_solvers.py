@@ -211,9 +211,20 @@ def test_rows_run_towards_noise_as_well(name, options):
 
 
 def test_stochastic_rows_refuse_rising_noise():
-    for name in ("sde-dpmpp-2m", "sa"):
+    for name in ("sde-dpmpp-2m", "sa", "ddpm", "euler-a"):
         with pytest.raises(ValueError, match="more noise"):
             SOLVERS[name].rows(lambda_levels(6)[::-1], PROCESS, **SOLVERS[name].options)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in ONE_CALL if "s_noise" in SOLVERS[name].options])
+@pytest.mark.parametrize("s_noise", [0.0, 1.003])
+def test_noise_may_be_scaled_by_hand(name, s_noise):
+    """Constant data still goes through exactly, and the noise is the default's times s_noise."""
+    made, usual = solver(name, s_noise=s_noise), SOLVERS[name]
+    rows = compile_table(made, lambda_levels(6), PROCESS).rows
+    for row, other in zip(rows, usual.rows(lambda_levels(6), PROCESS, **usual.options), strict=True):
+        assert sum(n.scale for n in row.noise) == pytest.approx(s_noise * sum(n.scale for n in other.noise), rel=1e-14)
+        assert row.A == other.A and row.B == other.B
 
 
 def test_names_with_an_order_and_errors():

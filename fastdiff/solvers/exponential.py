@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fastdiff.process import Level
-from fastdiff.solvers.row import Noise, Row
+from fastdiff.solvers.row import RISING, Noise, Row
 
 # the first moment of two-term rules, from (psi_0, psi_1, z)
 SECOND: dict[str, Callable[[float, float, float], float]] = {
@@ -112,7 +112,7 @@ class Grid:
         at, to = self.levels[r], self.levels[r + 1]
         h = self.lam[r + 1] - self.lam[r]
         if tau > 0.0 and h < 0.0:
-            raise ValueError("solver: fresh noise cannot be added on the way to more noise; set eta or tau to 0")
+            raise ValueError(RISING)
         if history == "data":
             A = to.sigma / at.sigma * (math.exp(-(tau**2) * h) if tau > 0.0 else 1.0)
             C = to.sigma * math.sqrt(-math.expm1(-2.0 * tau**2 * h)) if tau > 0.0 else 0.0

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from fastdiff.process import Level, Process
-from fastdiff.solvers.row import Noise, Row, Solver, choose
+from fastdiff.solvers.row import RISING, Noise, Row, Solver, choose
 
 _EXACT = frozenset({"data", "noise", "variance", "mean"})
 
@@ -24,8 +24,12 @@ def affine_row(r: int, at: Level, to: Level, noise_scale: float = 0.0, step: int
 
 def ddim_noise_scale(at: Level, to: Level, eta: float) -> float:
     """Standard deviation of the fresh noise of DDIM(eta): eta sigma' sqrt(1 - exp(-2h)) (Song et al. 2021, eq. 16)."""
+    if eta == 0.0:
+        return 0.0
     ratio = (to.kappa / at.kappa) ** 2  # exp(-2h)
-    return eta * to.sigma * float(np.sqrt(max(1.0 - ratio, 0.0)))
+    if ratio > 1.0:
+        raise ValueError(RISING)
+    return eta * to.sigma * float(np.sqrt(1.0 - ratio))
 
 
 def ddim_rows(levels: list[Level], process: Process, *, eta: float, clip: str) -> list[Row]:
@@ -90,7 +94,7 @@ def _ddpm_exact(options: Mapping) -> dict:
 
 
 def _ancestral_exact(options: Mapping) -> dict:
-    return {"exact": _EXACT if options["s_noise"] == 1.0 else _EXACT - {"variance"}}
+    return {"exact": _EXACT if options["s_noise"] == 1.0 else _EXACT - {"variance", "noise"}}
 
 
 DDPM = Solver("ddpm", ddpm_rows, order=1, options={"variance": "small"}, exact=_EXACT, refine=_ddpm_exact)

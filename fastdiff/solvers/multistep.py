@@ -45,8 +45,8 @@ def _third(options: Mapping) -> dict:
 
 
 def _sde(options: Mapping) -> dict:
-    """The weak order is 2 with fresh noise; marginal variances hold only while s_noise does not scale it by hand."""
-    exact = EXACT if options["s_noise"] == 1.0 else EXACT - {"variance"}
+    """The weak order is 2 with fresh noise; what concerns noise holds only while s_noise does not scale it by hand."""
+    exact = EXACT if options["s_noise"] == 1.0 else EXACT - {"variance", "noise"}
     return {"exact": exact, "order": 3 if options["eta"] == 0.0 and options.get("third") == "exact" else 2}
 
 

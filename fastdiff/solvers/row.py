@@ -7,6 +7,8 @@ from fastdiff.process import Level
 
 INITIAL_STREAM, STEP_STREAM, SECOND_STREAM = 0, 1, 2  # independent noise of one (seed, step)
 
+RISING = "solver: fresh noise cannot be added on the way to more noise; set eta or tau to 0"
+
 
 @dataclass(frozen=True)
 class Noise:
