@@ -173,8 +173,14 @@ def _fold(table: SolverTable, weights: np.ndarray) -> np.ndarray:
 
 
 def _edited(table: SolverTable) -> np.ndarray:
-    """Rows that take the (edited) data prediction as their only output."""
+    """Rows that take the (edited) data prediction as their only output.
+
+    A table compiled from a scheduler object does not know how its raw outputs relate to the data: NaN, which the guard finds.
+    """
     coef = table.coef.copy()
+    if table.solver.history == "raw":
+        coef[:, [_A0, _B0, _D0]] = np.nan
+        return coef
     for r, row in enumerate(table.rows):
         coef[r, [_A0, _B0, _D0]] = convert("data", table.solver.history, row.at)
     return coef

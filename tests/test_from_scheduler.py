@@ -6,9 +6,11 @@ import logging
 import numpy as np
 import pytest
 import torch
-from scheduler_runs import difference, draws_like, run_scheduler, run_table, start
+from scheduler_runs import difference, draws_like, network, run_scheduler, run_table, start
 
 from fastdiff.ops import solver_step
+from fastdiff.process import VPDiscrete
+from fastdiff.sampler import Sampler
 from fastdiff.solvers.from_scheduler import from_scheduler
 
 diffusers = pytest.importorskip(
@@ -95,6 +97,21 @@ def test_step_and_timestep_options_are_passed_on():
     assert len(table) == 3 and np.allclose(table.time, [1000.0, 600.0, 300.0])
 
 
+def test_a_compiled_table_is_a_solver_of_the_sampler():
+    """Two samples at different seeds; the deterministic UniPC table gives what the scheduler gives from the same start."""
+    scheduler = diffusers.UniPCMultistepScheduler(solver_order=3)
+    table = from_scheduler(scheduler, 12)
+    net = lambda x, t: torch.stack(
+        [torch.from_numpy(network(row.numpy(), when)) for row, when in zip(x, t, strict=True)]
+    )
+    sampler = Sampler(net, prediction="noise", process=VPDiscrete(), model_dtype=torch.float64)
+    x = torch.from_numpy(np.stack([start(), -start()]))
+    got = sampler.sample(x=x, solver=table, seed=[1, 2], dtype=torch.float64)
+    for b, sign in enumerate((1.0, -1.0)):
+        want, _ = run_scheduler(scheduler, 12, sign * start(), {})
+        assert difference(got[b].numpy(), want) < 1e-12
+
+
 def test_a_compiled_table_runs_in_the_step_kernel():
     """UniPC's two-state predictor-corrector, as one-state rows, through ops.solver_step in float64."""
     table = from_scheduler(diffusers.UniPCMultistepScheduler(solver_order=3), 12)
@@ -103,8 +120,6 @@ def test_a_compiled_table_runs_in_the_step_kernel():
     coef, meta = torch.from_numpy(table.coef), torch.from_numpy(table.meta)
     rows = torch.arange(len(table), dtype=torch.int32)[:, None].contiguous()
     want, inputs = run_table(table, start(), {})
-    from scheduler_runs import network
-
     for r in range(len(table)):
         m = torch.from_numpy(network(table.c_in[r] * x[0].numpy(), table.time[r]))[None]
         solver_step(
