@@ -48,6 +48,42 @@ def _(operands):
     return out
 
 
+def _partial(first: torch.Tensor, n: int, chunks: int) -> torch.Tensor:
+    """Scratch for the sums of the chunks of each sample."""
+    return torch.empty(first.shape[0], n * (n + 1) // 2 + n, chunks, dtype=torch.float64, device=first.device)
+
+
+@gram.variant("cuda", devices=("cuda",), missing=native.cuda_missing)
+def _(operands):
+    first, n = operands[0], len(operands)
+    out = torch.empty(first.shape[0], n, n + 1, dtype=torch.float64, device=first.device)
+    batch, channels, elements = sizes(first)
+    partial = _partial(first, n, native.cuda().gram_chunks(channels * elements))
+    even = [evenly_strided(v) for v in operands]
+    native.cuda().gram(
+        out.data_ptr(),
+        partial.data_ptr(),
+        [(v.data_ptr(), native.TYPE_CODES[v.dtype], *stride) for v, stride in even],
+        [batch, channels, elements],
+        torch.cuda.current_stream(first.device).cuda_stream,
+    )
+    return out
+
+
+@gram.variant("triton", devices=("cuda",), missing=native.triton_missing)
+def _(operands):
+    from fastdiff.kernels.gram import chunks_of, gram_triton
+
+    first, n = operands[0], len(operands)
+    out = torch.empty(first.shape[0], n, n + 1, dtype=torch.float64, device=first.device)
+    batch, channels, elements = sizes(first)
+    if batch:
+        partial = _partial(first, n, chunks_of(channels * elements))
+        even = [evenly_strided(v) for v in operands]
+        gram_triton(out, partial, [v for v, _ in even], [s for _, s in even], channels * elements, channels)
+    return out
+
+
 @gram.sample
 def _(device):
     generator = torch.Generator().manual_seed(0)

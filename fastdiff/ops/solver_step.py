@@ -211,6 +211,38 @@ def _(x, history, model_input, tick, outputs, source, aux, coef, meta, rows, see
     _Native(x, history, model_input, tick, source, aux, coef, meta, rows, seed)(outputs)
 
 
+def _refuse_gpu(x, history, model_input, tick, outputs, source, aux, coef, meta, rows, seed) -> str | None:
+    if rows.shape[0] >= 1 << 17:
+        return f"rows must have fewer than {1 << 17} lines on a GPU, got {rows.shape[0]}; split the table"
+    if x.numel() and x[0].numel() >= 2**31 - 4096:
+        return f"a sample must have fewer than 2^31 elements on a GPU, got {x[0].numel()}"
+    return None
+
+
+@solver_step.variant("cuda", devices=("cuda",), missing=native.cuda_missing, refuse=_refuse_gpu)
+def _(x, history, model_input, tick, outputs, source, aux, coef, meta, rows, seed):
+    even = [evenly_strided(m) for m in outputs]
+    address = lambda t: 0 if t is None else t.data_ptr()
+    native.cuda().solver_step(
+        [address(t) for t in (x, history, model_input, tick, source, aux, coef, meta, rows, seed)],
+        [native.TYPE_CODES[x.dtype], native.TYPE_CODES[model_input.dtype]],
+        [*sizes(x), history.shape[0], model_input.shape[0]],
+        [(m.data_ptr(), native.TYPE_CODES[m.dtype], *stride) for m, stride in even],
+        [*coef.stride(), 0, 0][:4],
+        [*coef.shape[2:], 1, 1][:2] if coef.dim() == 4 else [0, 0],
+        torch.cuda.current_stream(x.device).cuda_stream,
+    )
+
+
+@solver_step.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=_refuse_gpu)
+def _(x, history, model_input, tick, outputs, source, aux, coef, meta, rows, seed):
+    from fastdiff.kernels.solver_step import solver_step_triton
+
+    even = [evenly_strided(m) for m in outputs]
+    views, strides = [m for m, _ in even], [stride for _, stride in even]
+    solver_step_triton(x, history, model_input, tick, views, strides, source, aux, coef, meta, rows, seed)
+
+
 def bind(x, history, model_input, tick, source, aux, coef, meta, rows, seed) -> Callable[[list[torch.Tensor]], None]:
     """Fixes everything but the model's outputs: returns `step(outputs)`, which does what `solver_step` does.
 
