@@ -1,11 +1,13 @@
 """Timing: warm up, interleave the contenders, report median and spread with the machine beside it."""
 
+import ctypes
 import dataclasses
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -67,12 +69,23 @@ def _summary(values: list[float]) -> Timing:
 def copy_bandwidth(size: int = 1 << 26, device: str = "cpu") -> float:
     """Bytes per second (read + written) of copying a large tensor: the limit that memory-bound ops are held to.
 
-    On a CPU the best of torch's copy and a non-temporal copy of the C++ module is taken.
+    On a CPU the better of torch's copy and libc's memcpy on as many threads, whose stores bypass the caches.
     """
     source = torch.ones(size, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    timing = interleave({"copy": lambda: target.copy_(source)}, seconds=1.0)["copy"]
-    return 2 * source.nbytes / (timing.p10_us * 1e-6)
+    contenders = {"copy": lambda: target.copy_(source)}
+    if device == "cpu":
+        contenders["memcpy"] = _threaded_memcpy(target, source)
+    timings = interleave(contenders, seconds=1.0)
+    return max(2 * source.nbytes / (timing.p10_us * 1e-6) for timing in timings.values())
+
+
+def _threaded_memcpy(target: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:
+    threads = torch.get_num_threads()
+    part = source.nbytes // threads
+    pool = ThreadPoolExecutor(threads)
+    copy = lambda t: ctypes.memmove(target.data_ptr() + t * part, source.data_ptr() + t * part, part)  # frees the GIL
+    return lambda: list(pool.map(copy, range(threads)))
 
 
 def header() -> dict:

@@ -4,8 +4,6 @@ import argparse
 import dataclasses
 import json
 
-from fastdiff.solvers.verify import verify
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -16,6 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 1 on any failure."""
+    from fastdiff.solvers.verify import verify
+
     names = "all" if args.solvers == ["all"] else args.solvers
     records = verify(names, against=args.against)
     if args.json:
