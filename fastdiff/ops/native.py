@@ -51,6 +51,12 @@ def triton_missing() -> str | None:
     return None if version >= (3, 6) else f"triton {triton.__version__} is too old; pip install 'triton>=3.6'"
 
 
+def queue(device: torch.device) -> tuple[int, int]:
+    """Where a CUDA kernel for tensors on this device is launched: the device's index and the current stream."""
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream
+
+
 @functools.cache
 def _load(name: str) -> tuple[ModuleType | None, str]:
     try:

@@ -126,8 +126,8 @@ def _(seed, step, stream, n):
 def _(seed, step, stream, n):
     out = torch.empty(seed.numel(), n, dtype=torch.float32, device=seed.device)
     seed, step, stream = seed.contiguous(), step.contiguous(), stream.contiguous()
-    queue = torch.cuda.current_stream(seed.device).cuda_stream
-    native.cuda().philox_normal(out.data_ptr(), seed.data_ptr(), step.data_ptr(), stream.data_ptr(), *out.shape, queue)
+    pointers = [t.data_ptr() for t in (out, seed, step, stream)]
+    native.cuda().philox_normal(*pointers, *out.shape, *native.queue(seed.device))
     return out
 
 
