@@ -12,6 +12,8 @@ def sizes(x: torch.Tensor) -> tuple[int, int, int]:
 def strides(x: torch.Tensor) -> tuple[int, int, int] | None:
     """Strides of that view in elements, or None where the last dimensions are not evenly spaced."""
     shape, stride = x.shape, x.stride()
+    if x.numel() == 0:
+        return 0, 0, 1
     inner = expected = None
     for size, step in zip(reversed(shape[2:]), reversed(stride[2:]), strict=True):
         if size == 1:
