@@ -97,6 +97,9 @@ class Hook:
         """P6: may exchange samples with `carry.gather`."""
 
 
+POINTS = ("before_step", "branches", "statistics", "coefficients", "after_prediction", "after_step", "group")
+
+
 def overriding(hooks: tuple[Hook, ...], point: str) -> tuple[Hook, ...]:
     """The hooks that act at a point."""
     return tuple(hook for hook in hooks if getattr(type(hook), point) is not getattr(Hook, point))

@@ -1,6 +1,8 @@
 """The state before the first step: noise at the first level, buffers for history and model input."""
 
-import numpy as np
+import math
+from dataclasses import dataclass
+
 import torch
 from torch.utils._pytree import tree_flatten
 
@@ -14,6 +16,7 @@ LEAF_STREAMS = 16  # noise streams reserved per tensor of the state
 
 
 def stream_offset(leaf: int, device: torch.device) -> torch.Tensor:
+    """What to add to `meta` [R, 6] so that every leaf draws noise of its own."""
     offset = [LEAF_STREAMS * leaf if name.startswith("stream") else 0 for name in META]
     return torch.tensor(offset, dtype=torch.int32, device=device)
 
@@ -32,23 +35,48 @@ def endpoints(aux, shapes, dtype, device, plan: Plan) -> list[torch.Tensor | Non
     return leaves
 
 
-def initial_leaf(k, shape, given, u, plan: Plan, seeds, dtype, model_dtype, device) -> Leaf:
-    """Allocates one tensor of the state and fills it with the given state or with noise at the first level."""
-    B = shape[0]
-    column = lambda values: torch.tensor(values, dtype=dtype, device=device).view(-1, *[1] * (len(shape) - 1))
-    if given is not None:
-        if not given.dtype.is_floating_point:
-            raise TypeError(f"sample: x must be floating point, got {given.dtype}")
-        x = given.detach().to(device=device, dtype=dtype, copy=True).contiguous()
-    else:
-        zero = torch.zeros(B, dtype=torch.int32, device=device)
-        noise = philox_normal(
-            seeds, zero, zero + INITIAL_STREAM + LEAF_STREAMS * k, int(np.prod(shape[1:], dtype=np.int64))
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where a run begins: shapes of the leaves, the pytree's structure, given leaves (or None), [B] int64 seeds."""
+
+    shapes: list[tuple[int, ...]]
+    structure: object
+    given: list[torch.Tensor] | None
+    seed: torch.Tensor
+
+
+def initial_leaves(start: Start, aux, plan: Plan, dtype: torch.dtype, model_dtype: torch.dtype) -> list[Leaf]:
+    """Allocates the state and fills it with the given tensors, or with noise at the first level."""
+    given = start.given or [None] * len(start.shapes)
+    leaves = []
+    for k, (shape, tensor, u) in enumerate(zip(start.shapes, given, aux, strict=True)):
+        x = (
+            _noise(k, shape, u, plan, start.seed, dtype)
+            if tensor is None
+            else _taken(tensor, start.seed.device, dtype)
         )
-        x = noise.view(shape).to(dtype) * column([table.start.sigma for table in plan.tables])
-        if u is not None:
-            x = x + u * column([table.start.mean for table in plan.tables])
-    history = torch.zeros(plan.slots, *shape, dtype=dtype, device=device)
-    scaled = x * column([table.c_in[0] for table in plan.tables])
-    model_input = scaled.to(model_dtype).expand(plan.branches, *shape).contiguous()
-    return Leaf(x, history, model_input, torch.zeros(1, dtype=torch.int32, device=device))
+        history = torch.zeros(plan.slots, *shape, dtype=dtype, device=x.device)
+        scaled = x * _column([table.c_in[0] for table in plan.tables], x)
+        model_input = scaled.to(model_dtype).expand(plan.branches, *shape).contiguous()
+        leaves.append(Leaf(x, history, model_input, torch.zeros(1, dtype=torch.int32, device=x.device)))
+    return leaves
+
+
+def _taken(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"sample: x must be floating point, got {tensor.dtype}")
+    # always a copy, always contiguous: the loop writes into it
+    return torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor.detach())
+
+
+def _noise(k: int, shape: tuple[int, ...], u, plan: Plan, seed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """sigma z + mean u at the first level of each sample's table."""
+    step = torch.zeros_like(seed, dtype=torch.int32)
+    z = philox_normal(seed, step, step + INITIAL_STREAM + LEAF_STREAMS * k, math.prod(shape[1:])).view(shape).to(dtype)
+    x = z * _column([table.start.sigma for table in plan.tables], z)
+    return x if u is None else x + u * _column([table.start.mean for table in plan.tables], z)
+
+
+def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
+    """One value per sample, shaped to multiply `like`."""
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, *[1] * (like.dim() - 1))

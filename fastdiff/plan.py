@@ -74,6 +74,7 @@ class Plan:
 
     coef     [R, 21] float64, guidance weights folded into b0..b3
     edited   [R, 21] float64, the same rows for an h that is given as data instead of a raw output
+    factor   [R] float64, the conversion factor that the guidance weights multiply
     meta     [R, 6] int32
     rows     [T, B] int32 table rows, -1 where a sample has finished
     time     [T, B] float64 model times (0 where finished)
@@ -85,6 +86,7 @@ class Plan:
 
     coef: np.ndarray
     edited: np.ndarray
+    factor: np.ndarray
     meta: np.ndarray
     rows: np.ndarray
     time: np.ndarray
@@ -123,7 +125,7 @@ def make_plan(settings: Sequence[RowSettings], process: Process, prediction: str
     """Compiles and merges the tables of a batch; equal settings share one block of rows."""
     blocks: dict[tuple, tuple[int, SolverTable]] = {}
     branches = max((row.guidance.branches for row in settings), default=1)
-    coef, edited, meta, weights = [], [], [], []
+    coef, edited, factor, meta, weights = [], [], [], [], []
     start = 0
     for key, row in {row.key(): row for row in settings}.items():
         table = row.compile(process, prediction)
@@ -131,6 +133,7 @@ def make_plan(settings: Sequence[RowSettings], process: Process, prediction: str
         block_weights = _branch_weights(row.guidance, table, process, branches)
         coef.append(_fold(table, block_weights))
         edited.append(_edited(table))
+        factor.append(table.coef[:, _B0])
         meta.append(table.meta)
         weights.append(block_weights)
         start += len(table)
@@ -147,6 +150,7 @@ def make_plan(settings: Sequence[RowSettings], process: Process, prediction: str
     return Plan(
         np.concatenate(coef) if coef else empty,
         np.concatenate(edited) if edited else empty,
+        np.concatenate(factor) if factor else np.zeros(0),
         np.concatenate(meta) if meta else np.zeros((0, 6), dtype=np.int32),
         *(rows, time, step, live),
         tables=tuple(table for _, table in index),

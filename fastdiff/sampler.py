@@ -4,12 +4,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
 from fastdiff import loop
-from fastdiff.carry import Carry, Hook
-from fastdiff.initial import initial_leaf
+from fastdiff.conditioning import Conditioning
+from fastdiff.initial import Start, initial_leaves
+from fastdiff.options import RunOptions
 from fastdiff.plan import Plan, RowSettings, make_plan
 from fastdiff.process import PREDICTIONS, Process, VPDiscrete
 
@@ -109,7 +111,7 @@ class Sampler:
         final, clamp), each one value or one per sample. The same seed gives the same noise whatever the batch, the
         device and the thread count. B = 0 returns an empty state. Non-finite values raise NonFiniteError, naming the step.
         """
-        run = self._start(shape, x, cond, negative, seed, settings)
+        run = self._begin(shape, x, cond, negative, seed, settings)
         bar = loop.progress_bar(run.carry.plan.ticks, progress)
         last = None
         with torch.no_grad(), bar:
@@ -118,10 +120,10 @@ class Sampler:
                     raise Cancelled(last)
                 run.advance()
                 if cancel is not None:
-                    last = _snapshot(run.carry, tick, run.structure)
+                    last = _snapshot(run, tick)
                 bar.update(1)
             run.check_finite()
-        return tree_unflatten([leaf.x for leaf in run.carry.leaves], run.structure)
+        return run.state()
 
     def step(
         self,
@@ -142,40 +144,33 @@ class Sampler:
         guard   check for NaN and Inf (once, at the end; the error names the step)
         graph   on a GPU, capture one step as a CUDA graph and replay it (the network must be capturable)
         """
-        run = self._start(shape, x, cond, negative, seed, settings)
+        run = self._begin(shape, x, cond, negative, seed, settings)
         for tick in range(run.carry.plan.ticks):
             with torch.no_grad():
                 run.advance()
-            yield _snapshot(run.carry, tick, run.structure)
+            yield _snapshot(run, tick)
         run.check_finite()
 
     def initial_state(self, shape: Sequence[int], plan: Plan, seed: int | Sequence[int], device="cpu") -> torch.Tensor:
         """The noise that `sample` starts from, [B, ...] float32 at the plan's first level."""
-        device = torch.device(device)
-        leaf = initial_leaf(
-            0, tuple(shape), None, None, plan, _seeds(seed, shape[0], device), *[torch.float32] * 2, device
-        )
-        return leaf.x
+        start = _start(shape, None, seed, torch.device(device))
+        return initial_leaves(start, [None], plan, torch.float32, torch.float32)[0].x
 
-    def _start(self, shape, x, cond, negative, seed, settings) -> "loop.Run":
+    def _begin(self, shape, x, cond, negative, seed, settings) -> loop.Run:
         own = {name: settings.pop(name) for name in _RUN_SETTINGS if name in settings}
-        options = loop.RunOptions(**own, micro_batch=self.micro_batch, model_dtype=self.model_dtype)
-        device = options.resolve_device(self.net, x)
-        shapes, structure, given = _state_shapes(shape, x)
-        batch = shapes[0][0]
-        seeds = _seeds(seed, batch, device)
+        options = RunOptions(**own, micro_batch=self.micro_batch, model_dtype=self.model_dtype)
+        start = _start(shape, x, seed, options.resolve_device(self.net, x))
+        batch = start.seed.numel()
         plan = self.plan(batch, **settings)
-        conditioning = loop.Conditioning.check(cond, negative, batch, plan, device)
-        return loop.Run.begin(self.net, plan, shapes, structure, given, seeds, conditioning, options, device)
+        conditioning = Conditioning.check(cond, negative, batch, plan, start.seed.device)
+        return loop.Run.begin(self.net, plan, start, conditioning, options)
 
 
 def _row_settings(batch: int, settings: Mapping) -> list[RowSettings]:
     known = RowSettings.__dataclass_fields__
     unknown = [name for name in settings if name not in known]
     if unknown:
-        raise ValueError(
-            f"Sampler: unknown setting {unknown[0]!r}; known are {', '.join((*known, *_RUN_SETTINGS))}"
-        )
+        raise ValueError(f"Sampler: unknown setting {unknown[0]!r}; known are {', '.join((*known, *_RUN_SETTINGS))}")
     columns = {name: _per_row(name, value, batch) for name, value in settings.items()}
     if batch == 0:
         return []
@@ -199,25 +194,23 @@ def _seeds(seed: int | Sequence[int], batch: int, device: torch.device) -> torch
     return torch.tensor([(s + 2**63) % 2**64 - 2**63 for s in values], dtype=torch.int64, device=device)
 
 
-def _state_shapes(shape, x):
-    """Shapes of the leaves, the pytree's structure, and the given leaves or None."""
+def _start(shape, x, seed, device: torch.device) -> Start:
+    """Checks shape or x, and the seeds."""
     if (shape is None) == (x is None):
         raise ValueError("sample: give either shape or x")
     if x is None:
         if len(shape) < 1 or any(not isinstance(n, int) or n < 0 for n in shape):
             raise ValueError(f"sample: shape must be non-negative integers [B, ...], got {shape!r}")
-        return [tuple(shape)], tree_flatten(0)[1], None
+        return Start([tuple(shape)], tree_flatten(0)[1], None, _seeds(seed, shape[0], device))
     leaves, structure = tree_flatten(x)
     if not leaves or not all(isinstance(leaf, torch.Tensor) and leaf.dim() >= 1 for leaf in leaves):
         raise TypeError("sample: x must be a tensor or a pytree of tensors with a batch dimension")
     if any(leaf.shape[0] != leaves[0].shape[0] for leaf in leaves):
         raise ValueError(f"sample: tensors of x must share the batch size, got {[leaf.shape[0] for leaf in leaves]}")
-    return [tuple(leaf.shape) for leaf in leaves], structure, leaves
+    return Start([tuple(leaf.shape) for leaf in leaves], structure, leaves, _seeds(seed, leaves[0].shape[0], device))
 
 
-def _snapshot(carry: Carry, tick: int, structure) -> Step:
-    done = carry.rows[tick + 1] < 0 if tick + 1 < carry.plan.ticks else torch.ones(carry.plan.batch, dtype=torch.bool)
-    return Step(tick, tree_unflatten([leaf.x.clone() for leaf in carry.leaves], structure), done)
-
-
-__all__ = ["Cancelled", "Hook", "Sampler", "Step", "tree_map"]
+def _snapshot(run: loop.Run, tick: int) -> Step:
+    plan = run.carry.plan
+    done = plan.rows[tick + 1] < 0 if tick + 1 < plan.ticks else np.ones(plan.batch, dtype=bool)
+    return Step(tick, run.state(copy=True), torch.from_numpy(done))

@@ -229,8 +229,14 @@ def test_a_hook_may_drop_a_branch():
         return elementwise_net(x, t, shift)
 
     sampler = Sampler(net, prediction="v", process=VPLinear())
-    sampler.sample((2, *SHAPE), solver="ddim", steps=3, guidance=2.0, hooks=[Never()], **conditions([0, 1]))
+    inputs = conditions([0, 1])
+    out = sampler.sample((2, *SHAPE), solver="ddim", steps=3, guidance=2.0, hooks=[Never()], **inputs)
     assert calls == [2, 2, 2]
+    # 2 * conditional + 0 * negative, as a network of its own
+    twice = Sampler(
+        lambda x, t: 2.0 * elementwise_net(x, t, inputs["cond"]["shift"]), prediction="v", process=VPLinear()
+    )
+    torch.testing.assert_close(out, twice.sample((2, *SHAPE), solver="ddim", steps=3))
 
 
 def test_a_hook_may_give_every_token_its_own_time():
