@@ -21,20 +21,21 @@ def start(rows=4, size=9, process=PROCESS, t=1.0):
     return x * process.levels([t])[0].sigma
 
 
+@pytest.mark.parametrize("process, ends", [(PROCESS, (1.0, 1e-3)), (VE(edm=False), (5.0, 0.05))])
 @pytest.mark.parametrize("rtol", [1e-3, 1e-6])
-def test_rk45_takes_scipys_steps(rtol):
-    x, calls = start(), 0
+def test_rk45_takes_scipys_steps(process, ends, rtol):
+    x, calls = start(process=process, t=ends[0]), 0
 
     def slope(t, y):
         nonlocal calls
         calls += 1
-        level = PROCESS.levels([t])[0]
+        level = process.levels([t])[0]
         state = torch.from_numpy(y)
         data = DATA.denoise(level, state)
         return (level.alpha_rate * data + level.sigma_rate * (state - level.alpha * data) / level.sigma).numpy()
 
-    want = solve_ivp(slope, (1.0, 1e-3), x.numpy().ravel(), method="RK45", rtol=rtol, atol=rtol)
-    got, stats = solve_adaptive(DENOISE, x, PROCESS, "rk45", rtol=rtol, atol=rtol)
+    want = solve_ivp(slope, ends, x.numpy().ravel(), method="RK45", rtol=rtol, atol=rtol)
+    got, stats = solve_adaptive(DENOISE, x, process, "rk45", rtol=rtol, atol=rtol, interval=ends)
     np.testing.assert_allclose(got.numpy().ravel(), want.y[:, -1], rtol=1e-9, atol=1e-11)
     assert stats.calls == want.nfev and stats.accepted == (want.t.size - 1,)
     assert stats.evaluations == 4 * stats.calls
