@@ -21,6 +21,8 @@ from fastdiff.process import (
 )
 from fastdiff.sampler import Cancelled, Sampler, Step
 from fastdiff.solvers import SOLVERS, Solver, SolverTable
+from fastdiff.solvers.adaptive import denoiser, solve_adaptive
+from fastdiff.solvers.from_scheduler import from_scheduler
 
 __version__ = "0.1.0"
 
@@ -49,5 +51,8 @@ __all__ = [
     "VPLinear",
     "backend",
     "convert",
+    "denoiser",
     "discrete_alphas",
+    "from_scheduler",
+    "solve_adaptive",
 ]
