@@ -12,7 +12,7 @@ from fastdiff.ops.philox_normal import philox_normal
 from fastdiff.ops.solver_step import solver_step
 from fastdiff.process import VE, Flow, Level, MeanReverting, TrigFlow, VPLinear
 from fastdiff.solvers import SOLVERS, Noise, compile_table, solver
-from fastdiff.solvers.exponential import psi, solve_moments
+from fastdiff.solvers.exponential import Grid, Rule, psi, solve_moments
 
 PROCESS, MIXTURE = VPLinear(), Mixture()
 QUANTILES = np.array([0.05, 0.3, 0.6, 0.9])
@@ -138,6 +138,13 @@ def test_infinitely_distant_nodes_are_left_out():
         assert rows[0].A == pytest.approx(0.9) and rows[0].B == {0: pytest.approx(0.1)}
         assert 0 not in rows[1].B and 0 not in rows[2].B  # no node at lambda = -infinity
         assert {1, 2} <= set(rows[2].B)
+
+
+def test_repeated_nodes_count_once():
+    levels = lambda_levels(3, 0.0, 3.0)
+    repeated = Grid([levels[0], *levels], [0.0, 0.0, 1.0, 2.0, 3.0]).weights(2, 3, Rule())
+    single = Grid(levels, [0.0, 1.0, 2.0, 3.0]).weights(1, 3, Rule())
+    assert repeated == {k + 1: pytest.approx(value, rel=1e-15) for k, value in single.items()} and len(single) == 2
 
 
 def test_fixed_adams_weights_are_exact_on_a_grid_uniform_in_kappa():

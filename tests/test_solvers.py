@@ -174,9 +174,19 @@ def test_the_last_step_to_zero_noise_is_finite_and_keeps_constant_data(name):
             table = compile_table(made, levels(process, steps, "uniform-lambda", "zero"), process, "v")
             last = table.rows[-1]
             assert last.to.sigma == 0.0 and np.isfinite(table.coef[-1, 8:]).all()
+            assert not any(noise.scale for noise in last.noise)
             if made.history == "data" and name != "bdia":  # order 1: the state is the prediction
                 assert last.A == 0.0 and last.B[len(table) - 1] == pytest.approx(1.0, abs=1e-15)
                 assert sum(abs(v) for k, v in last.B.items() if k != len(table) - 1) == 0.0
+
+
+def test_options_that_matter_only_at_the_end():
+    grid = levels(PROCESS, 4, "uniform-lambda")
+    large = solver("ddpm", variance="large")
+    assert large.rows(grid, PROCESS, **large.options)[-1].noise == ()
+    for variable, terms in (("t", 1), ("logrho", 1), ("rho", 3)):
+        made = solver("deis", order=3, variable=variable)
+        assert len(made.rows(grid, PROCESS, **made.options)[-1].B) == terms
 
 
 @pytest.mark.parametrize("name", [name for name, made in SOLVERS.items() if made.history == "data"])
