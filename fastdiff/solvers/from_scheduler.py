@@ -79,15 +79,15 @@ class _Symbols:
     def __init__(self, calls: int):
         self.calls, self.call = calls, 0
         self.size = (2 + _DRAWS_PER_CALL) * calls + len(_PROBES)
-        self.values = np.zeros((self.size, self.size))
+        self.probes = np.zeros((self.size, len(_PROBES)))
         self.drawn: list[tuple[int, int]] = []
         self._random = np.random.default_rng(0)
 
     def take(self, symbol: int) -> torch.Tensor:
-        row = self.values[symbol]
-        row[symbol] = 1.0
-        row[-len(_PROBES) :] = self._random.standard_normal(len(_PROBES)) * _PROBES
-        return torch.from_numpy(row.copy()).reshape(1, 1, 1, -1)
+        self.probes[symbol] = self._random.standard_normal(len(_PROBES)) * _PROBES
+        row = np.zeros(self.size)
+        row[symbol], row[-len(_PROBES) :] = 1.0, self.probes[symbol]
+        return torch.from_numpy(row).reshape(1, 1, 1, -1)
 
     def draw(self, shape: tuple[int, ...]) -> torch.Tensor:
         """The next noise symbol, for the scheduler's noise source."""
@@ -116,10 +116,13 @@ def _probe(scheduler, steps, timestep_options: dict, step_options: dict) -> tupl
             _expect_close(scaled, c_in[i] * x, f"the model input of call {i} is not a multiple of the state")
         results[i] = twin.step(m, t, x, **step_options).prev_sample.double().reshape(-1).numpy()
     count = 2 * n + len(symbols[0].drawn)
-    basis = results[:, :count]
+    basis, wanted = results[:, :count], results[:, :count] @ symbols[0].probes[:count]
     for i in range(n):
-        wanted = basis[i] @ symbols[0].values[:count]
-        _expect_close(results[i], wanted, f"call {i} is not affine (it clips, thresholds or adds constants)")
+        _expect_close(
+            results[i, size - len(_PROBES) :],
+            wanted[i],
+            f"call {i} is not affine (it clips, thresholds or adds constants)",
+        )
     return _Response(basis, symbols[0].drawn, c_in), levels
 
 
