@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import train
-from bench.quality import features, frechet_distance
+from bench.quality import agreement, features, frechet_distance, quality, sample
 from fastdiff.models.checkpoint import load_checkpoint, save_checkpoint
 from fastdiff.models.dit import DiT, DiTConfig
 from fastdiff.models.embeddings import grid_sinusoid, timestep_sinusoid
@@ -360,6 +360,29 @@ def test_features_tell_classes_apart(fashion):
     shirts, boots = (features(images[labels == label][:300], net) for label in (0, 9))
     others = features(images[labels == 0][300:600], net)
     assert frechet_distance(shirts, boots) > 10 * frechet_distance(shirts, others)
+
+
+@torch.no_grad()
+def test_quality_ranks_training_images_before_noise(fashion):
+    from bench.fashion_mnist import load_split, to_unit_range
+
+    images, labels = (part[:500] for part in load_split("train"))
+    images, net = to_unit_range(images), load_classifier()
+    noisy = (images + 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(5))).clamp(-1, 1)
+    assert 5 * quality(images, net=net) < quality(noisy, net=net)
+    assert agreement(images, labels, net) > 0.9
+    assert agreement(images, labels.roll(1), net) < 0.3
+
+
+def test_quality_samples_do_not_depend_on_the_batch():
+    model = load_model("bundled:dit")
+    settings = {"seed": 3, "guidance": 2.0, "solver": "ddim", "steps": 3}
+    whole, labels = sample(model, 5, batch=5, **settings)
+    parts, _ = sample(model, 5, batch=2, **settings)
+    assert labels.tolist() == [0, 1, 2, 3, 4]
+    # the networks of torch round differently at another batch size
+    assert (whole - parts).abs().max() < 1e-3
+    assert sample(load_model("bundled:unet"), 1, solver="ddim", steps=2)[1] is None
 
 
 @pytest.mark.parametrize("name", list(train.TASKS))
