@@ -2,10 +2,12 @@
 
 import logging
 
+import numpy as np
 import pytest
 from scheduler_runs import difference, draws_like, run_scheduler, run_table, start
 
-from fastdiff.solvers.compat import diffusers_setup
+from fastdiff.process import VE, Flow
+from fastdiff.solvers.compat import diffusers_setup, process_of
 
 diffusers = pytest.importorskip(
     "diffusers", reason="diffusers is not installed; it is what these tables are compared with"
@@ -51,7 +53,10 @@ CASES = [
     ("EulerDiscreteScheduler", {**_SD, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", **_V}, {}),
     ("EulerAncestralDiscreteScheduler", {**_SD}, {}),
     ("HeunDiscreteScheduler", {**_SD, "use_karras_sigmas": True}, {}),
-    ("HeunDiscreteScheduler", {}, {}),
+    ("HeunDiscreteScheduler", {"clip_sample": True}, {}),
+    ("EulerDiscreteScheduler", {**_SD, "clip_sample": True, "skip_prk_steps": True, "trained_betas": None}, {}),
+    ("CogVideoXDDIMScheduler", {"clip_sample": True, "prediction_type": "sample"}, {}),
+    ("LCMScheduler", {"clip_sample": True, "original_inference_steps": 100}, {}),
     ("KDPM2DiscreteScheduler", {**_SD}, {}),
     ("KDPM2AncestralDiscreteScheduler", {**_SD}, {}),
     ("LMSDiscreteScheduler", {**_SD}, {}),
@@ -107,6 +112,11 @@ CASES = [
     ("EDMDPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, {}),
     ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, {}),
     ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True, "shift_terminal": 0.1}, {"mu": 0.9}),
+    (
+        "FlowMatchEulerDiscreteScheduler",  # as FLUX pipelines call it
+        {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15},
+        {"mu": 1.15, "sigmas": "one over n"},
+    ),
     ("FlowMatchEulerDiscreteScheduler", {"shift": 2.0, "use_karras_sigmas": True}, {}),
     ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, {}),
     ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}, {}),
@@ -117,6 +127,7 @@ DECLINED = [
     ("DDIMScheduler", {"thresholding": True}, "thresholding=True"),
     ("DDPMScheduler", {"variance_type": "learned_range"}, "learned variance"),
     ("PNDMScheduler", {"skip_prk_steps": False}, "Runge-Kutta"),
+    ("TCDScheduler", {"clip_sample": True}, "clip_sample=False"),
     ("DEISMultistepScheduler", {"use_karras_sigmas": True}, "no length"),
     ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, "third-order"),
     ("IPNDMScheduler", {}, "unknown class"),
@@ -125,18 +136,18 @@ DECLINED = [
 
 def compare(name, config, call, wide, steps=STEPS):
     """Largest relative difference of the final state and of the model input at any call."""
+    if "sigmas" in call:
+        call = {**call, "sigmas": [1.0 + (1.0 / steps - 1.0) * i / max(steps - 1, 1) for i in range(steps)]}
     setup = diffusers_setup(name, config, steps, **call)
     table = setup.table()
     calls, z = draws_like(len(table)), start()
-    noise = {
-        (n.step, n.stream): calls[r, place] for r, row in enumerate(table.rows) for place, n in enumerate(row.noise)
-    }
-    got, seen = run_table(table, z * setup.start, noise)
+    terms = [(r, place, n) for r, row in enumerate(table.rows) for place, n in enumerate(row.noise)]
+    got, seen = run_table(table, z * setup.start, {(n.step, n.stream): calls[r, place] for r, place, n in terms})
     options = {
         "step_options": {k: v for k, v in call.items() if k == "eta"},
-        "timestep_options": {k: v for k, v in call.items() if k == "mu"},
+        "timestep_options": {k: v for k, v in call.items() if k in ("mu", "sigmas")},
     }
-    want, inputs = run_scheduler(getattr(diffusers, name)(**config), steps, z, calls, wide=wide, **options)
+    want, inputs = run_scheduler(getattr(diffusers, name).from_config(config), steps, z, calls, wide=wide, **options)
     end = table.end.alpha if config.get("final_sigmas_type") == "sigma_min" and name.startswith("Euler") else 1.0
     return max(difference(got / end, want), *(difference(a, b) for a, b in zip(seen, inputs, strict=True)))
 
@@ -168,3 +179,16 @@ def test_settings_that_are_not_ours_are_declined_with_a_reason(name, config, rea
 def test_unknown_call_arguments_are_errors():
     with pytest.raises(ValueError, match="takes no eta"):
         diffusers_setup("UniPCMultistepScheduler", {}, STEPS, eta=0.5)
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "LCMScheduler", "HeunDiscreteScheduler", "CogVideoXDDIMScheduler"])
+def test_process_of_a_config_has_the_schedulers_products(name):
+    config = {"_class_name": name, "beta_schedule": "scaled_linear", "rescale_betas_zero_snr": name.startswith("Cog")}
+    want = getattr(diffusers, name).from_config(config).alphas_cumprod.double().numpy()
+    np.testing.assert_allclose(process_of(config).alphas_cumprod, want, rtol=1e-13)
+
+
+def test_process_of_flow_and_edm_configs():
+    assert process_of({"_class_name": "FlowMatchEulerDiscreteScheduler"}) == Flow()
+    assert process_of({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}) == Flow()
+    assert process_of({"_class_name": "EDMEulerScheduler", "sigma_max": 50.0}) == VE(t_max=50.0)

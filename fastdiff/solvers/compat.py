@@ -1,13 +1,12 @@
 """Scheduler settings of diffusers as our solver, process and noise levels: class name and config in, no diffusers needed."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from fastdiff.process import Flow, Process, VPDiscrete
-from fastdiff.solvers import compat_grids as grids
-from fastdiff.solvers import compat_sigmas as sigmas
-from fastdiff.solvers import compat_steps as training
+from fastdiff.solvers import compat_sigmas as sigma_based
+from fastdiff.solvers import compat_steps as step_based
 from fastdiff.solvers.compat_steps import Setup
 from fastdiff.solvers.consistency import LCM, TCD
 from fastdiff.solvers.deis import LMS
@@ -16,12 +15,18 @@ from fastdiff.solvers.heun import DPM2, DPM2_A, FLOW_HEUN, HEUN
 
 
 def diffusers_setup(
-    class_name: str, config: Mapping[str, object], steps: int, *, eta: float | None = None, mu: float | None = None
+    class_name: str,
+    config: Mapping[str, object],
+    steps: int,
+    *,
+    eta: float | None = None,
+    mu: float | None = None,
+    sigmas: Sequence[float] | None = None,
 ) -> Setup:
     """Our solver, process, levels and prediction type for a diffusers scheduler class and its config.
 
     config  as in scheduler_config.json; absent entries have diffusers' defaults for that class
-    eta     the argument of the same name of `step` (DDIM, TCD); mu  that of `set_timesteps` (dynamic shifting)
+    eta     the argument of the same name of `step` (DDIM, TCD); mu, sigmas  those of `set_timesteps` (FlowMatch)
 
     Raises ValueError, with the reason, for classes and settings that are not affine or not known.
     """
@@ -36,7 +41,7 @@ def diffusers_setup(
             )
     if str(config.get("variance_type", "")).startswith("learned"):
         raise ValueError(f"diffusers_setup: {class_name} with a learned variance needs a second model output")
-    call = {name: value for name, value in (("eta", eta), ("mu", mu)) if value is not None}
+    call = {name: value for name, value in (("eta", eta), ("mu", mu), ("sigmas", sigmas)) if value is not None}
     for name in call:
         if name not in inspect.signature(build).parameters:
             raise ValueError(f"diffusers_setup: {class_name} takes no {name}; leave it out")
@@ -46,11 +51,12 @@ def diffusers_setup(
 def process_of(config: Mapping[str, object]) -> Process:
     """The noise process that a scheduler config trains or samples: its `_class_name` and its betas."""
     name = str(config.get("_class_name", "DDPMScheduler"))
-    if name.startswith("FlowMatch"):
+    config = {**(_CLASSES[name][1] if name in _CLASSES else {}), **config}
+    if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
         return Flow(time_scale=float(config.get("num_train_timesteps", 1000)))
     if name.startswith("EDM"):
-        return sigmas.edm_process(config)
-    return VPDiscrete(alphas_cumprod=grids.alphas_cumprod(config))
+        return sigma_based.edm_process(config)
+    return VPDiscrete(alphas_cumprod=step_based.products_of(config))
 
 
 _LADDER = {"timestep_spacing": "leading"}
@@ -68,8 +74,8 @@ _FLOW = {"num_train_timesteps": 1000, "shift": 1.0, "time_shift_type": "exponent
 _ROUNDS = {"always_round": True}
 _COGVIDEO = {**_STEP, **_SCALED, "snr_shift_scale": 3.0}
 _ddim, _ddpm = (
-    partial(training.ancestral_ladder, solver=DDIM),
-    partial(training.ancestral_ladder, solver=DDPM, jump=False),
+    partial(step_based.ancestral_ladder, solver=DDIM),
+    partial(step_based.ancestral_ladder, solver=DDPM, jump=False),
 )
 
 # class name -> (how, diffusers' defaults of that class as far as they matter)
@@ -77,37 +83,40 @@ _CLASSES: dict[str, tuple[Callable[..., Setup], Mapping]] = {
     "DDIMScheduler": (_ddim, _STEP),
     "DDIMParallelScheduler": (_ddim, _STEP),
     "CogVideoXDDIMScheduler": (_ddim, _COGVIDEO),
-    "DDIMInverseScheduler": (training.inverse_ladder, _STEP),
+    "DDIMInverseScheduler": (step_based.inverse_ladder, _STEP),
     "DDPMScheduler": (_ddpm, _STEP),
     "DDPMParallelScheduler": (_ddpm, _STEP),
-    "PNDMScheduler": (training.plms, {**_LADDER, "skip_prk_steps": False, "set_alpha_to_one": False}),
-    "LCMScheduler": (partial(training.consistency, solver=LCM), _LCM),
-    "TCDScheduler": (partial(training.consistency, solver=TCD), _LCM),
-    "EulerDiscreteScheduler": (partial(sigmas.sigma_ladder, solver=EULER), _K),
-    "EulerAncestralDiscreteScheduler": (partial(sigmas.sigma_ladder, solver=EULER_ANCESTRAL), _K),
-    "HeunDiscreteScheduler": (partial(sigmas.sigma_ladder, solver=HEUN), {**_K, **_K_BETAS}),
-    "KDPM2DiscreteScheduler": (partial(sigmas.sigma_ladder, solver=DPM2, rounded=True), {**_K, **_K_BETAS}),
-    "KDPM2AncestralDiscreteScheduler": (partial(sigmas.sigma_ladder, solver=DPM2_A, rounded=True), {**_K, **_K_BETAS}),
-    "LMSDiscreteScheduler": (partial(sigmas.sigma_ladder, solver=LMS), _K),
-    "DPMSolverMultistepScheduler": (partial(sigmas.exponential_ladder, solver=sigmas.dpm), _DPM),
+    "PNDMScheduler": (step_based.plms, {**_LADDER, "skip_prk_steps": False, "set_alpha_to_one": False}),
+    "LCMScheduler": (partial(step_based.consistency, solver=LCM), _LCM),
+    "TCDScheduler": (partial(step_based.consistency, solver=TCD), _LCM),
+    "EulerDiscreteScheduler": (partial(sigma_based.sigma_ladder, solver=EULER), _K),
+    "EulerAncestralDiscreteScheduler": (partial(sigma_based.sigma_ladder, solver=EULER_ANCESTRAL), _K),
+    "HeunDiscreteScheduler": (partial(sigma_based.sigma_ladder, solver=HEUN, clips=True), {**_K, **_K_BETAS}),
+    "KDPM2DiscreteScheduler": (partial(sigma_based.sigma_ladder, solver=DPM2, rounded=True), {**_K, **_K_BETAS}),
+    "KDPM2AncestralDiscreteScheduler": (
+        partial(sigma_based.sigma_ladder, solver=DPM2_A, rounded=True),
+        {**_K, **_K_BETAS},
+    ),
+    "LMSDiscreteScheduler": (partial(sigma_based.sigma_ladder, solver=LMS), _K),
+    "DPMSolverMultistepScheduler": (partial(sigma_based.exponential_ladder, solver=sigma_based.dpm), _DPM),
     "DPMSolverSinglestepScheduler": (
-        partial(sigmas.exponential_ladder, solver=sigmas.single),
+        partial(sigma_based.exponential_ladder, solver=sigma_based.single),
         {**_DPM, **_ROUNDS, "lower_order_final": False},
     ),
     "DEISMultistepScheduler": (
-        partial(sigmas.exponential_ladder, solver=sigmas.deis, last="repeat"),
+        partial(sigma_based.exponential_ladder, solver=sigma_based.deis, last="repeat"),
         {**_DPM, **_ROUNDS},
     ),
     "UniPCMultistepScheduler": (
-        partial(sigmas.exponential_ladder, solver=sigmas.unipc),
+        partial(sigma_based.exponential_ladder, solver=sigma_based.unipc),
         {**_DPM, **_ROUNDS, "solver_type": "bh2", "predict_x0": True, "disable_corrector": (), "from_one": True},
     ),
     "SASolverScheduler": (
-        partial(sigmas.exponential_ladder, solver=sigmas.sa, last="repeat"),
+        partial(sigma_based.exponential_ladder, solver=sigma_based.sa, last="repeat"),
         {**_DPM, "predictor_order": 2, "corrector_order": 2, "algorithm_type": "data_prediction"},
     ),
-    "EDMEulerScheduler": (partial(sigmas.edm, solver=EULER), _EDM),
-    "EDMDPMSolverMultistepScheduler": (partial(sigmas.edm, solver=sigmas.dpm), {**_DPM, **_EDM}),
-    "FlowMatchEulerDiscreteScheduler": (partial(sigmas.flow, solver=FLOW_EULER), _FLOW),
-    "FlowMatchHeunDiscreteScheduler": (partial(sigmas.flow, solver=FLOW_HEUN), _FLOW),
+    "EDMEulerScheduler": (partial(sigma_based.edm, solver=EULER), _EDM),
+    "EDMDPMSolverMultistepScheduler": (partial(sigma_based.edm, solver=sigma_based.dpm), {**_DPM, **_EDM}),
+    "FlowMatchEulerDiscreteScheduler": (partial(sigma_based.flow, solver=FLOW_EULER), _FLOW),
+    "FlowMatchHeunDiscreteScheduler": (partial(sigma_based.flow, solver=FLOW_HEUN), _FLOW),
 }

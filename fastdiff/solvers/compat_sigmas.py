@@ -1,6 +1,6 @@
 """Diffusers' schedulers on sigmas (k-diffusion's, DPM-Solver's, EDM's and rectified flow's) as our rows and levels."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -16,8 +16,11 @@ from fastdiff.solvers.singlestep import DPM_FAST
 from fastdiff.solvers.unipc import UNIPC
 
 
-def sigma_ladder(config: Mapping, steps: int, *, solver: Solver, rounded: bool = False) -> Setup:
-    """The k-diffusion family: unrounded times, kappa linear between training steps, zero noise at the end."""
+def sigma_ladder(config: Mapping, steps: int, *, solver: Solver, rounded: bool = False, clips: bool = False) -> Setup:
+    """The k-diffusion family: unrounded times, kappa linear between training steps, zero noise at the end.
+
+    rounded  Karras times are whole training steps; clips  the class obeys clip_sample
+    """
     process = grids.LogSigmaVP(alphas_cumprod=grids.alphas_cumprod(config, zero_snr_floor=True))
     table = np.exp(process._log_kappa())
     times = grids.timesteps(config, steps, config["timestep_spacing"], False)
@@ -31,7 +34,7 @@ def sigma_ladder(config: Mapping, steps: int, *, solver: Solver, rounded: bool =
     last = table[0] if config.get("final_sigmas_type") == "sigma_min" else 0.0
     levels = grids.kappa_levels(kappas, times, float(last))
     start = levels[0].sigma if config["timestep_spacing"] in ("linspace", "trailing") else 1.0
-    return Setup(solver, process, levels, prediction_of(config), clamp_of(config), start)
+    return Setup(solver, process, levels, prediction_of(config), clamp_of(config) if clips else None, start)
 
 
 def exponential_ladder(
@@ -175,14 +178,19 @@ def edm(config: Mapping, steps: int, *, solver: Solver | Callable[[Mapping, np.n
     return Setup(solver, process, levels, "edm", start=float(np.hypot(high, 1.0)))
 
 
-def flow(config: Mapping, steps: int, *, solver: Solver, mu: float | None = None) -> Setup:
+def flow(
+    config: Mapping, steps: int, *, solver: Solver, mu: float | None = None, sigmas: Sequence[float] | None = None
+) -> Setup:
     T, shift = int(config["num_train_timesteps"]), float(config["shift"])
     low, dynamic = 1.0 / T, bool(config.get("use_dynamic_shifting"))
     if dynamic and (mu is None or config["time_shift_type"] != "exponential"):
         raise ValueError("diffusers_setup: dynamic shifting needs mu and time_shift_type 'exponential'")
     # the static shift acts on the ends of the grid and then again on the grid
-    sigmas = np.linspace(1.0, low if dynamic else float(grids.shifted(np.array(low), shift)), steps)
-    sigmas = grids.shifted(sigmas, float(np.exp(mu)) if dynamic else shift)
+    if sigmas is None:
+        sigmas = np.linspace(1.0, low if dynamic else float(grids.shifted(np.array(low), shift)), steps)
+    elif len(sigmas) != steps:
+        raise ValueError(f"diffusers_setup: sigmas must have one entry per step, {steps}, got {len(sigmas)}")
+    sigmas = grids.shifted(np.asarray(sigmas, dtype=np.float64), float(np.exp(mu)) if dynamic else shift)
     if config.get("shift_terminal"):
         sigmas = 1.0 - (1.0 - sigmas) * (1.0 - float(config["shift_terminal"])) / (1.0 - sigmas[-1])
     spaced = grids.spaced_kappas(config, sigmas, steps)

@@ -52,7 +52,7 @@ def clamp_of(config: Mapping) -> tuple[float, float] | None:
 
 def ancestral_ladder(config: Mapping, steps: int, *, solver: Solver, eta: float = 0.0, jump: bool = True) -> Setup:
     """DDIM and DDPM: integer times; with `jump` a step leads T // n training steps down, wherever the next call is."""
-    products = grids.alphas_cumprod(config) if "snr_shift_scale" not in config else _cogvideo_products(config)
+    products = products_of(config)
     T = products.size
     times = np.round(grids.timesteps(config, steps, config["timestep_spacing"], False)).astype(int)
     ends = times - T // steps if jump else np.append(times[1:], -1)
@@ -63,8 +63,8 @@ def ancestral_ladder(config: Mapping, steps: int, *, solver: Solver, eta: float 
         solver = solver.with_options(variance="large")
     if solver.name == "ddim":
         solver = solver.with_options(eta=eta, clip="consistent" if "snr_shift_scale" in config else "reference")
-    process = VPDiscrete(alphas_cumprod=products)
-    return Setup(_leading_to(solver, to), process, [*at, to[-1]], prediction_of(config), clamp_of(config))
+    process, clamp = VPDiscrete(alphas_cumprod=products), None if "snr_shift_scale" in config else clamp_of(config)
+    return Setup(_leading_to(solver, to), process, [*at, to[-1]], prediction_of(config), clamp)
 
 
 def _leading_to(solver: Solver, ends: list[Level]) -> Solver:
@@ -98,8 +98,10 @@ def inverse_ladder(config: Mapping, steps: int) -> Setup:
     return Setup(solver, VPDiscrete(alphas_cumprod=products), [*at, to[-1]], prediction_of(config), clamp_of(config))
 
 
-def _cogvideo_products(config: Mapping) -> np.ndarray:
-    """Cumulative products with CogVideoX's shift of the signal-to-noise ratio, optionally ending at 0."""
+def products_of(config: Mapping) -> np.ndarray:
+    """Cumulative products of a config; CogVideoX shifts their signal-to-noise ratio and rescales afterwards, if at all."""
+    if "snr_shift_scale" not in config:
+        return grids.alphas_cumprod(config)
     bar = grids.alphas_cumprod({**config, "rescale_betas_zero_snr": False}, dtype=torch.float64)
     scale = float(config["snr_shift_scale"])
     bar = bar / (scale + (1.0 - scale) * bar)
@@ -137,6 +139,8 @@ def consistency(config: Mapping, steps: int, *, solver: Solver, eta: float = 0.3
         raise ValueError(f"diffusers_setup: at most original_inference_steps={count} steps, got {steps}")
     times = origin[np.floor(np.linspace(0, count, steps, endpoint=False)).astype(int)]
     levels = [grids.vp_level(float(t), float(products[t])) for t in times]
+    if solver is TCD and clamp_of(config):
+        raise ValueError("diffusers_setup: TCD with clip_sample=True mixes two estimates; set clip_sample=False")
     if solver is TCD:
         solver, last = TCD.with_options(gamma=eta), grids.vp_level(0.0, float(products[0]))
     else:
