@@ -83,7 +83,7 @@ def _edm_raw(level: Level) -> tuple[float, float, float]:
     return 1.0 / c_out, 0.0, -c_skip / (c_out * level.alpha)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Process:
     """A forward process. Subclasses give `schedule(t) -> (alpha, sigma)`; everything is float64.
 
@@ -144,7 +144,7 @@ class Process:
         return Level(0.0, 1.0, 0.0, 0.0, sigma_data=self.sigma_data)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VPLinear(Process):
     """Variance-preserving process with beta(t) linear in t (Song et al. 2021); the model receives 1000 t or similar.
 
@@ -176,7 +176,7 @@ class VPLinear(Process):
         return 2.0 * L / (np.sqrt(self.beta_min**2 + 2.0 * d * L) + self.beta_min)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SubVP(VPLinear):
     """Sub-variance-preserving process: sigma = 1 - alpha^2 (Song et al. 2021, eq. 17)."""
 
@@ -192,7 +192,7 @@ class SubVP(VPLinear):
     time_of_lam = Process.time_of_lam
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VPCosine(Process):
     """Cosine schedule (Nichol and Dhariwal 2021, eq. 17) in continuous time, offset s = 0.008."""
 
@@ -211,7 +211,7 @@ class VPCosine(Process):
         return np.asarray(t, dtype=np.float64) * self.time_scale
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class VPDiscrete(Process):
     """Variance-preserving process given by its cumulative products at training steps 0..T-1; t is the training step.
 
@@ -243,6 +243,10 @@ class VPDiscrete(Process):
         log_alpha = np.interp(t, np.arange(self.alphas_cumprod.size), self._log_alpha)
         return np.exp(log_alpha), np.sqrt(-np.expm1(2.0 * log_alpha))
 
+    def time_of_lam(self, lam):
+        log_alpha = -0.5 * np.logaddexp(0.0, -2.0 * np.asarray(lam, dtype=np.float64))
+        return np.interp(-log_alpha, -self._log_alpha, np.arange(self.alphas_cumprod.size, dtype=np.float64))
+
 
 def discrete_alphas(schedule: str, beta_start: float = 1e-4, beta_end: float = 0.02, steps: int = 1000) -> np.ndarray:
     """Cumulative products of the usual training schedules, [steps] float64: "linear", "scaled_linear" or "cosine"."""
@@ -259,7 +263,7 @@ def discrete_alphas(schedule: str, beta_start: float = 1e-4, beta_end: float = 0
     return np.exp(np.cumsum(np.log1p(-betas)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VE(Process):
     """Variance-exploding process in the EDM frame: alpha = 1, sigma = t (Karras et al. 2022).
 
@@ -290,7 +294,7 @@ class VE(Process):
         return np.exp(-np.asarray(lam, dtype=np.float64))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Flow(Process):
     """Rectified flow: x_t = (1 - t) x0 + t noise; the model receives time_scale * t.
 
@@ -314,7 +318,7 @@ class Flow(Process):
         return 1.0 / (1.0 + np.exp(np.asarray(lam, dtype=np.float64)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrigFlow(Process):
     """TrigFlow: x_t = cos(t) x0 + sin(t) noise for t in [0, pi/2], data scaled to unit deviation (Lu and Song 2024)."""
 
@@ -330,7 +334,7 @@ class TrigFlow(Process):
         return np.arctan(np.exp(-np.asarray(lam, dtype=np.float64)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MeanReverting(Process):
     """x_t = alpha x0 + (1 - alpha) u + sigma noise: data drift to a known endpoint u (Luo et al. 2023; MR sampler).
 
