@@ -79,7 +79,7 @@ CASES = [
         {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0},
         {},
     ),
-    ("DPMSolverSinglestepScheduler", {"solver_order": 1}, {}),
+    ("DPMSolverSinglestepScheduler", {"solver_order": 1, "timestep_spacing": "leading"}, {}),
     ("DPMSolverSinglestepScheduler", {**_SD, "solver_order": 2, "lower_order_final": True}, {}),
     ("DPMSolverSinglestepScheduler", {**_SD, "solver_order": 3, "use_karras_sigmas": True}, {}),
     (

@@ -71,7 +71,7 @@ _K_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 _LCM = {**_SCALED, "original_inference_steps": 50, "timestep_scaling": 10.0, "clip_sample": False}
 _EDM = {"sigma_schedule": "karras", "rho": 7.0, "prediction_type": "epsilon", "final_sigmas_type": "zero"}
 _FLOW = {"num_train_timesteps": 1000, "shift": 1.0, "time_shift_type": "exponential"}
-_ROUNDS = {"always_round": True}
+_ROUNDS = {"always_round": True}  # not a setting of diffusers but what the class does, as fixed_spacing and from_one
 _COGVIDEO = {**_STEP, **_SCALED, "snr_shift_scale": 3.0}
 _ddim, _ddpm = (
     partial(step_based.ancestral_ladder, solver=DDIM),
@@ -101,7 +101,7 @@ _CLASSES: dict[str, tuple[Callable[..., Setup], Mapping]] = {
     "DPMSolverMultistepScheduler": (partial(sigma_based.exponential_ladder, solver=sigma_based.dpm), _DPM),
     "DPMSolverSinglestepScheduler": (
         partial(sigma_based.exponential_ladder, solver=sigma_based.single),
-        {**_DPM, **_ROUNDS, "lower_order_final": False},
+        {**_DPM, **_ROUNDS, "lower_order_final": False, "fixed_spacing": "linspace"},
     ),
     "DEISMultistepScheduler": (
         partial(sigma_based.exponential_ladder, solver=sigma_based.deis, last="repeat"),

@@ -49,9 +49,10 @@ def exponential_ladder(
     lam = process.lam(np.arange(process.alphas_cumprod.size))
     table, T = np.exp(-lam), lam.size
     clipped = int(np.searchsorted(lam[::-1], config.get("lambda_min_clipped", -np.inf)))
-    if clipped and config["timestep_spacing"] != "linspace":
+    spacing = config.get("fixed_spacing", config["timestep_spacing"])
+    if clipped and spacing != "linspace":
         raise ValueError("diffusers_setup: lambda_min_clipped needs timestep_spacing 'linspace'")
-    times = grids.timesteps({**config, "num_train_timesteps": T - clipped}, steps, config["timestep_spacing"], True)
+    times = grids.timesteps({**config, "num_train_timesteps": T - clipped}, steps, spacing, True)
     times = np.round(times)
     kappas, spaced = np.interp(times, np.arange(T), table), grids.spaced_kappas(config, table[::-1], steps)
     if spaced is not None:

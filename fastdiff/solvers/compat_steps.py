@@ -40,10 +40,12 @@ class Setup(NamedTuple):
 
 
 def prediction_of(config: Mapping) -> str:
+    """Our name of the config's prediction type."""
     return choose("prediction_type", config.get("prediction_type", "epsilon"), _PREDICTIONS)
 
 
 def clamp_of(config: Mapping) -> tuple[float, float] | None:
+    """Bounds on the data prediction, where the config clips it."""
     if not config.get("clip_sample"):
         return None
     bound = float(config.get("clip_sample_range", 1.0))
