@@ -123,9 +123,9 @@ def refused(path: Path, blob: bytes) -> str:
 @pytest.mark.parametrize("name", ATTACKS)
 def test_refuses_attack_fast_and_small(tmp_path, name):
     path = tmp_path / "m.safetensors"
-    memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     message = refused(path, ATTACKS[name])
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200_000  # kilobytes
     assert str(path) in message and len(message) < 1000
 
