@@ -78,7 +78,9 @@ class Build(build_ext):
     def build_extension(self, ext: Extension) -> None:
         name = ext.name.rpartition(".")[2]
         output = Path(self.get_ext_fullpath(ext.name)).absolute()
-        folder = Path("build", f"{name}-{sys.implementation.cache_tag}{'-' + SANITIZE if SANITIZE else ''}").absolute()
+        folder = Path(
+            "build", f"{name}-{sys.implementation.cache_tag}-{SANITIZE.replace(',', '-')}".rstrip("-")
+        ).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         exports = folder / "exports.map"
@@ -90,7 +92,8 @@ class Build(build_ext):
             "-shared",
             *objects,
             *LINK,
-            f"-Wl,--version-script={exports}",
+            "-Xlinker",
+            f"--version-script={exports}",
             "-ldl",
             "-lpthread",
             "-o",

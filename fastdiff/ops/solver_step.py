@@ -68,7 +68,7 @@ def check(x, history, model_input, tick, outputs, source, aux, coef, meta, rows,
             f"contiguous {x.dtype} {list(x.shape)}",
             f"{aux.dtype} {list(aux.shape)}",
         )
-    C, E = _channels(x)
+    C, E = sizes(x)[1:]
     field = coef.dim() == 4 and coef.shape[2] in (1, C) and coef.shape[3] in (1, E)
     _expect(
         "coef",
@@ -113,12 +113,6 @@ def check(x, history, model_input, tick, outputs, source, aux, coef, meta, rows,
 def _expect(name: str, ok: bool, expected, got, error: type = ValueError) -> None:
     if not ok:
         raise error(f"solver_step: {name} must be {expected}, got {got}")
-
-
-def _channels(x: torch.Tensor) -> tuple[int, int]:
-    """x seen as [B, C, E]: the second dimension and the product of the rest."""
-    C = x.shape[1] if x.dim() > 1 else 1
-    return C, x[0].numel() // max(C, 1) if x.shape[0] else 0
 
 
 @op(mutates=("x", "history", "model_input", "tick"), check=check)
@@ -186,7 +180,7 @@ def solver_step(
 
 def _fields(coef: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
     """One row of coefficients, each expanded to the shape of a sample."""
-    C, E = _channels(x)
+    C, E = sizes(x)[1:]
     fields = coef.reshape(len(COEF), *(coef.shape[1:] or (1, 1))).expand(-1, C, E)
     return list(fields.reshape(len(COEF), *x.shape[1:]))
 
