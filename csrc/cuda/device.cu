@@ -22,26 +22,23 @@ std::string architecture() {
 
 }  // namespace
 
-OnDeviceOf::OnDeviceOf(const void* pointer) {
-  cudaPointerAttributes attributes;
+OnDevice::OnDevice(int device) {
   int current = 0;
-  if (pointer == nullptr || cudaPointerGetAttributes(&attributes, pointer) != cudaSuccess ||
-      cudaGetDevice(&current) != cudaSuccess)
-    return;
-  if (attributes.type == cudaMemoryTypeDevice && attributes.device != current &&
-      cudaSetDevice(attributes.device) == cudaSuccess)
+  if (cudaGetDevice(&current) == cudaSuccess && current != device && cudaSetDevice(device) == cudaSuccess)
     before_ = current;
 }
 
-OnDeviceOf::~OnDeviceOf() {
+OnDevice::~OnDevice() {
   if (before_ >= 0) cudaSetDevice(before_);
 }
 
-void expect_launched(const char* kernel, const std::string& sizes) {
+void expect_launched(const char* kernel, std::initializer_list<int64_t> sizes) {
   const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string(kernel) + ": launch failed for " + sizes + " on " + architecture() + ": " +
-                             cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  std::string shape;
+  for (int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+  throw std::runtime_error(std::string(kernel) + ": launch failed for [" + shape + "] on " + architecture() + ": " +
+                           cudaGetErrorString(error));
 }
 
 std::string unusable() {

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cuda/device.cuh"
+#include "cuda/device.h"
 
 namespace fastdiff {
 
@@ -32,7 +32,7 @@ class Ticket {
 };
 
 template <class T, bool kFlat>
-__global__ void __launch_bounds__(kThreads) solver_step_kernel(const __grid_constant__ SolverStep step) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 4 : 2) solver_step_kernel(const __grid_constant__ SolverStep step) {
   __shared__ Head<T> head;
   const int64_t n = step.channels * step.elements, quads = (n + 3) / 4, turn = int64_t(gridDim.x) * kThreads;
   const int32_t line = *static_cast<volatile const int32_t*>(step.tick);
@@ -76,11 +76,10 @@ static void launch(const SolverStep& step, Queue queue) {
 }
 
 void solver_step_cuda(SolverStep step, Queue queue) {
-  const DeviceGuard guard(queue.device);
+  const OnDevice device(queue.device);
   prepare(step);
   step.state_type == kFloat64 ? launch<double>(step, queue) : launch<float>(step, queue);
-  check_launch("solver_step", "batch, channels, elements = " + list({step.batch, step.channels, step.elements}),
-               queue.device);
+  expect_launched("solver_step", {step.batch, step.channels, step.elements});
 }
 
 }  // namespace fastdiff

@@ -63,9 +63,9 @@ def _(operands):
     native.cuda().gram(
         out.data_ptr(),
         partial.data_ptr(),
-        [(v.data_ptr(), native.TYPE_CODES[v.dtype], *stride) for v, stride in even],
+        [(v.data_ptr(), native.TYPE_CODES[v.dtype], stride) for v, stride in even],
         [batch, channels, elements],
-        torch.cuda.current_stream(first.device).cuda_stream,
+        *native.queue(first.device),
     )
     return out
 

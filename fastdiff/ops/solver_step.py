@@ -205,30 +205,24 @@ def _(x, history, model_input, tick, outputs, source, aux, coef, meta, rows, see
     _Native(x, history, model_input, tick, source, aux, coef, meta, rows, seed)(outputs)
 
 
-def _refuse_gpu(x, history, model_input, tick, outputs, source, aux, coef, meta, rows, seed) -> str | None:
-    if rows.shape[0] >= 1 << 17:
-        return f"rows must have fewer than {1 << 17} lines on a GPU, got {rows.shape[0]}; split the table"
+def _refuse_cuda(x, history, model_input, tick, outputs, source, aux, coef, meta, rows, seed) -> str | None:
     if x.numel() and x[0].numel() >= 2**31 - 4096:
         return f"a sample must have fewer than 2^31 elements on a GPU, got {x[0].numel()}"
     return None
 
 
-@solver_step.variant("cuda", devices=("cuda",), missing=native.cuda_missing, refuse=_refuse_gpu)
+def _refuse_triton(x, history, model_input, tick, outputs, source, aux, coef, meta, rows, seed) -> str | None:
+    if rows.shape[0] >= 1 << 17:
+        return f"rows must have fewer than {1 << 17} lines in Triton, got {rows.shape[0]}; split the table"
+    return _refuse_cuda(x, history, model_input, tick, outputs, source, aux, coef, meta, rows, seed)
+
+
+@solver_step.variant("cuda", devices=("cuda",), missing=native.cuda_missing, refuse=_refuse_cuda)
 def _(x, history, model_input, tick, outputs, source, aux, coef, meta, rows, seed):
-    even = [evenly_strided(m) for m in outputs]
-    address = lambda t: 0 if t is None else t.data_ptr()
-    native.cuda().solver_step(
-        [address(t) for t in (x, history, model_input, tick, source, aux, coef, meta, rows, seed)],
-        [native.TYPE_CODES[x.dtype], native.TYPE_CODES[model_input.dtype]],
-        [*sizes(x), history.shape[0], model_input.shape[0]],
-        [(m.data_ptr(), native.TYPE_CODES[m.dtype], *stride) for m, stride in even],
-        [*coef.stride(), 0, 0][:4],
-        [*coef.shape[2:], 1, 1][:2] if coef.dim() == 4 else [0, 0],
-        torch.cuda.current_stream(x.device).cuda_stream,
-    )
+    _Cuda(x, history, model_input, tick, source, aux, coef, meta, rows, seed)(outputs)
 
 
-@solver_step.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=_refuse_gpu)
+@solver_step.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=_refuse_triton)
 def _(x, history, model_input, tick, outputs, source, aux, coef, meta, rows, seed):
     from fastdiff.kernels.solver_step import solver_step_triton
 
@@ -247,7 +241,14 @@ def bind(x, history, model_input, tick, source, aux, coef, meta, rows, seed) -> 
     fixed = (x, history, model_input, tick, source, aux, coef, meta, rows, seed)
     check(*fixed[:4], outputs, *fixed[4:])
     run = solver_step.pick(*fixed[:4], outputs, *fixed[4:])
-    return _Native(*fixed) if run.name == "cpu" else _Generic(run.run, fixed)
+    compiled = {"cpu": _Native, "cuda": _Cuda}
+    return compiled[run.name](*fixed) if run.name in compiled else _Generic(run.run, fixed)
+
+
+def _coef_strides(coef: torch.Tensor) -> list[int]:
+    """Strides of row, column, channel and element: 0 where all share one coefficient."""
+    per_sample = [0 if n == 1 else s for n, s in zip(coef.shape[2:], coef.stride()[2:], strict=True)]
+    return [*coef.stride()[:2], *per_sample, 0, 0][:4]
 
 
 class _Generic:
@@ -270,15 +271,12 @@ class _Native:
     def __init__(self, x, history, model_input, tick, source, aux, coef, meta, rows, seed):
         self.fixed = (x, history, model_input, tick, source, aux, coef, meta, rows, seed)
         address = lambda t: 0 if t is None else t.data_ptr()
-        coef_strides = (*coef.stride(), 0, 0)[:4]
-        if coef.dim() == 4:
-            coef_strides = [0 if n == 1 else s for n, s in zip(coef.shape, coef_strides, strict=True)]
         self.step = native.cpu().SolverStep(
             address(source),
             [address(t) for t in (x, history, model_input, tick, aux, coef, meta, rows, seed)],
             [native.TYPE_CODES[x.dtype], native.TYPE_CODES[model_input.dtype]],
             [*sizes(x), history.shape[0], model_input.shape[0], rows.shape[0], coef.shape[0]],
-            coef_strides,
+            _coef_strides(coef),
         )
         self.run = self.step.run
 
@@ -292,6 +290,34 @@ class _Native:
             kinds = [(native.TYPE_CODES[m.dtype], m.shape[0], strides(m)) for m in outputs]
             self.step.expect(outputs, kinds)
             self.run(outputs)
+
+
+class _Cuda:
+    """A bound step on the CUDA kernel. Its blocks count themselves in a ticket that no other step shares."""
+
+    def __init__(self, x, history, model_input, tick, source, aux, coef, meta, rows, seed):
+        self.fixed = (x, history, model_input, tick, source, aux, coef, meta, rows, seed)
+        self.ticket = torch.zeros(1, dtype=torch.int32, device=x.device)
+        self.layout, self.even = None, True
+        address = lambda t: 0 if t is None else t.data_ptr()
+        tensors = (x, history, model_input, tick, self.ticket, aux, coef, meta, rows, seed, source)
+        self.step = native.cuda().SolverStep(
+            [address(t) for t in tensors],
+            [native.TYPE_CODES[x.dtype], native.TYPE_CODES[model_input.dtype]],
+            [*sizes(x), history.shape[0], model_input.shape[0], rows.shape[0], coef.shape[0]],
+            _coef_strides(coef),
+        )
+
+    def __call__(self, outputs: list[torch.Tensor]) -> None:
+        layout = [(m.dtype, m.device, m.shape, m.stride()) for m in outputs]
+        if layout != self.layout:
+            check(*self.fixed[:4], outputs, *self.fixed[4:])
+            even = [evenly_strided(m) for m in outputs]
+            self.step.expect([(native.TYPE_CODES[m.dtype], m.shape[0], own) for m, own in even])
+            self.layout, self.even = layout, all(v is m for (v, _), m in zip(even, outputs, strict=True))
+        if not self.even:
+            outputs = [evenly_strided(m)[0] for m in outputs]
+        self.step.run([m.data_ptr() for m in outputs], *native.queue(self.fixed[0].device))
 
 
 @solver_step.sample
