@@ -15,7 +15,7 @@ constexpr int kWarps = kGramThreads / 32;
 // partial[b, product, chunk]
 template <class T, int N>
 __global__ void __launch_bounds__(kGramThreads)
-    gram_kernel(const __grid_constant__ Operands operands, double* partial, int64_t batch, int64_t n, int64_t elements,
+    gram_kernel(const __grid_constant__ GramOperands operands, double* partial, int64_t batch, int64_t n, int64_t elements,
                 int64_t chunks) {
   constexpr int kProducts = products(N);
   __shared__ T sums[kWarps][kProducts];
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(32)
   }
 }
 
-using Kernel = void (*)(Operands, double*, int64_t, int64_t, int64_t, int64_t);
+using Kernel = void (*)(GramOperands, double*, int64_t, int64_t, int64_t, int64_t);
 
 template <class T>
 Kernel kernel_for(size_t count) {
@@ -73,7 +73,7 @@ void gram_cuda(double* out, double* partial, const std::vector<Operand>& operand
   const OnDevice device(queue.device);
   const int64_t n = channels * elements, chunks = gram_chunks(n);
   const size_t count = operands.size();
-  Operands arguments{{}, true};
+  GramOperands arguments{{}, true};
   bool wide = false;
   for (size_t i = 0; i < count; ++i) {
     arguments.v[i] = operands[i];

@@ -10,7 +10,7 @@ constexpr int64_t kGramBlock = 4 * kGramThreads, kGramChunk = kGramTurns * kGram
 
 FASTDIFF_ANYWHERE constexpr int products(int count) { return count * (count + 1) / 2 + count; }  // pairs i <= j, then the sums
 
-struct Operands {
+struct GramOperands {
   Operand v[kMaxOperands];
   bool flat;  // every sample is contiguous, can be read four elements at a time, and has a multiple of four
 };
@@ -40,7 +40,7 @@ FASTDIFF_INLINE void read_four(const Operand& v, bool flat, int64_t b, int64_t f
 
 // A thread's part of one chunk: its four neighbours of every turn, joined pairwise, turn after turn.
 template <class T, int N>
-FASTDIFF_INLINE void add_products(const Operands& operands, int64_t b, int64_t chunk, int thread, int64_t n,
+FASTDIFF_INLINE void add_products(const GramOperands& operands, int64_t b, int64_t chunk, int thread, int64_t n,
                                   int64_t elements, T (&total)[products(N)]) {
 #pragma unroll 1
   for (int turn = 0; turn < kGramTurns; ++turn) {
