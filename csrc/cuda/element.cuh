@@ -56,12 +56,20 @@ FASTDIFF_INLINE void load_four(const double* from, double (&to)[4]) {
   const double2 low = *reinterpret_cast<const double2*>(from), high = *reinterpret_cast<const double2*>(from + 2);
   to[0] = low.x, to[1] = low.y, to[2] = high.x, to[3] = high.y;
 }
-FASTDIFF_INLINE void store_four(float* to, const float (&v)[4]) {
-  *reinterpret_cast<float4*>(to) = make_float4(v[0], v[1], v[2], v[3]);
+// One instruction: a plain store of a vector may be split into its parts where the compiler rewrites a loop's addresses.
+template <class V>
+FASTDIFF_INLINE void store_vector(void* to, V value) {
+#if defined(__CUDA_ARCH__)
+  __stwb(static_cast<V*>(to), value);
+#else
+  *static_cast<V*>(to) = value;
+#endif
 }
+
+FASTDIFF_INLINE void store_four(float* to, const float (&v)[4]) { store_vector(to, make_float4(v[0], v[1], v[2], v[3])); }
 FASTDIFF_INLINE void store_four(double* to, const double (&v)[4]) {
-  *reinterpret_cast<double2*>(to) = make_double2(v[0], v[1]);
-  *reinterpret_cast<double2*>(to + 2) = make_double2(v[2], v[3]);
+  store_vector(to, make_double2(v[0], v[1]));
+  store_vector(to + 2, make_double2(v[2], v[3]));
 }
 
 // Four elements one after another, starting at a multiple of their size (of 16 bytes for float64).
@@ -78,7 +86,7 @@ FASTDIFF_INLINE void store_four(void* data, int64_t index, int type, const T (&v
     uint32_t bits[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) bits[i] = to_16_bits(value[i], type);
-    *reinterpret_cast<uint2*>(to) = make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
+    store_vector(to, make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16));
   }
 }
 

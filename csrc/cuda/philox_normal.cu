@@ -1,6 +1,6 @@
 // `philox_normal`: contract in fastdiff/ops/philox_normal.py. Compile with -fmad=false.
-#include "common/philox.h"
 #include "cuda/device.h"
+#include "cuda/element.cuh"
 
 namespace fastdiff {
 
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads)
                              uint32_t(quad >> 32), z);
       float* target = out + row * n + 4 * quad;
       if constexpr (kAligned) {
-        *reinterpret_cast<float4*>(target) = make_float4(z[0], z[1], z[2], z[3]);
+        store_four(target, z);
       } else {
 #pragma unroll
         for (int k = 0; k < 4; ++k)
