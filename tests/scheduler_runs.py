@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from fastdiff.ops.solver_step import COEF
-from fastdiff.solvers.scheduler_twin import float64_twin
+from fastdiff.solvers.compat.twin import float64_twin
 
 SIZE = 48
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from fastdiff.process import Level
+from fastdiff.solvers.compat.twin import float64_twin
 from fastdiff.solvers.row import STEP_STREAM, Noise, Row, Solver
-from fastdiff.solvers.scheduler_twin import float64_twin
 from fastdiff.solvers.table import SolverTable, assemble
 
 _PROBES = (0.0, 1.0, 3.0, 30.0)  # deviations of the random elements; the large one finds clamps

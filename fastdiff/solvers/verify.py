@@ -62,7 +62,7 @@ def verify(solvers: str | Sequence[str] = "all", against: str = "exact") -> list
     found = list(SOLVERS.values()) if solvers == "all" else [find_solver(name) for name in solvers]
     if against == "exact":
         return [_certify(solver) for solver in found]
-    from fastdiff.solvers.verify_diffusers import certify_parity
+    from fastdiff.solvers.compat.verify import certify_parity
 
     return [record for solver in found for record in certify_parity(solver)]
 

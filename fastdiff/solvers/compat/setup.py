@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from fastdiff.process import Flow, Process, VPDiscrete
-from fastdiff.solvers import compat_sigmas as sigma_based
-from fastdiff.solvers import compat_steps as step_based
-from fastdiff.solvers.compat_steps import Setup
+from fastdiff.solvers.compat import sigmas as sigma_based
+from fastdiff.solvers.compat import steps as step_based
+from fastdiff.solvers.compat.steps import Setup
 from fastdiff.solvers.consistency import LCM, TCD
 from fastdiff.solvers.deis import LMS
 from fastdiff.solvers.first_order import DDIM, DDPM, EULER, EULER_ANCESTRAL, FLOW_EULER

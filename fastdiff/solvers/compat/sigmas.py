@@ -6,8 +6,8 @@ from functools import partial
 import numpy as np
 
 from fastdiff.process import VE, Flow, VPDiscrete
-from fastdiff.solvers import compat_grids as grids
-from fastdiff.solvers.compat_steps import Setup, clamp_of, prediction_of
+from fastdiff.solvers.compat import grids
+from fastdiff.solvers.compat.steps import Setup, clamp_of, prediction_of
 from fastdiff.solvers.consistency import LCM
 from fastdiff.solvers.multistep import dpm_rows
 from fastdiff.solvers.row import Solver, choose

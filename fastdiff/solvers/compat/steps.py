@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fastdiff.process import Level, Process, VPDiscrete
-from fastdiff.solvers import compat_grids as grids
+from fastdiff.solvers.compat import grids
 from fastdiff.solvers.consistency import LCM, TCD
 from fastdiff.solvers.first_order import DDIM
 from fastdiff.solvers.pndm import PLMS

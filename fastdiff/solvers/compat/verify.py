@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from fastdiff.ops.solver_step import COEF, solver_step
-from fastdiff.solvers.compat import diffusers_setup
+from fastdiff.solvers.compat.setup import diffusers_setup
+from fastdiff.solvers.compat.twin import float64_twin
 from fastdiff.solvers.row import Solver
-from fastdiff.solvers.scheduler_twin import float64_twin
 from fastdiff.solvers.table import SolverTable
 from fastdiff.solvers.verify import Certificate
 
