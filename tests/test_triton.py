@@ -120,7 +120,7 @@ def test_sums_are_as_exact_as_their_products(index):
     unit = 2.0**-46 if any(v.dtype == torch.float64 for v in operands) else 2.0**-22
     assert ((got - gram.reference(operands)).abs() <= unit * scale).all()
     assert torch.equal(got[:, :, :-1], got[:, :, :-1].transpose(1, 2))
-    if operands[0].shape[0] > 1 and operands[0].numel():
+    if operands[0].shape[0] > 1 and 0 < operands[0].numel() < 5000:
         with backend("triton"):
             alone = gram([v[1:2] for v in operands])
         assert torch.equal(alone[0], got[1])  # whatever else is in the batch
