@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--model", default="bundled:dit")
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--solver", default="ddim")
+    parser.add_argument("--solver", default="dpmpp-2m")
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=100)
