@@ -1,4 +1,4 @@
-# make demo   sets everything up in .venv and draws pictures with the bundled model
+# make demo   sets everything up in .venv and draws pictures with the bundled model into out/sample.png
 # make test   the same set-up, then the tests
 
 PYTHON ?= python3
@@ -10,7 +10,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test
 demo: $(STAMP)
-	@$(PY) -m fastdiff sample
+	@mkdir -p out
+	@$(PY) -m fastdiff sample --out out/sample.png
 
 test: $(STAMP)
 	@$(PY) -m pytest -q

@@ -177,6 +177,20 @@ def test_bound_step_does_what_the_op_does():
             assert torch.equal(got.nan_to_num(7), want.nan_to_num(7))
 
 
+def test_bound_step_runs_on_other_variants_too():
+    make = lambda seed: make_call(torch.Generator().manual_seed(seed), "cpu", shape=(2, 4, 6, 6), source=True)
+    args = make(0)
+    with backend("reference"):
+        step = bind(*args[:4], *args[5:])
+    for outputs in (args[4], make(1)[4]):
+        args[3].fill_(1)
+        wanted = OPS["solver_step"].reference(*args[:4], outputs, *args[5:])
+        step(outputs)
+        assert torch.equal(args[0], wanted[0])
+    with pytest.raises(TypeError, match="outputs must be floats"):
+        step([m.int() for m in args[4]])
+
+
 def test_bound_step_notices_other_outputs():
     make = lambda **o: make_call(torch.Generator().manual_seed(0), "cpu", shape=(2, 4, 6, 6), **o)
     args = make()

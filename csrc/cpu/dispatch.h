@@ -1,5 +1,6 @@
 // Which instruction set the kernels run on. Every kernel file is compiled once per level with FASTDIFF_ISA set to its
-// name, so that each level has its own namespace: fastdiff::baseline, fastdiff::avx2, fastdiff::avx512.
+// name, so that each level has its own namespace: fastdiff::baseline, fastdiff::avx2, fastdiff::avx512. CPUs with AMX run
+// the avx512 code: nothing here multiplies matrices, so nothing would use its tiles.
 #pragma once
 
 namespace fastdiff {
