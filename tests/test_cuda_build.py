@@ -12,7 +12,7 @@ import torch
 from nvcc import ROOT, Kernel, compile_kernels, find_cuobjdump, find_nvcc, run
 
 import fastdiff
-from fastdiff.ops import native
+from fastdiff.ops import OPS, native
 
 ARCHS = ["90a", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("80", "100a", "120a"))]
 REGISTERS = 65536  # of a multiprocessor, on every architecture
@@ -106,6 +106,24 @@ def test_a_launch_without_a_gpu_is_an_error_with_a_name():
     module.philox_normal(0, 0, 0, 0, 2, 0, 0, 0)  # nothing to do
     with pytest.raises(ValueError, match="gram: operands"):
         module.gram(0, 0, [], [1, 1, 1], 0, 0)
+
+
+@needs_module
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_contracts_and_bindings_agree(monkeypatch, name):
+    """Every sample reaches its launch, which is what fails here."""
+    monkeypatch.setattr(native, "cuda", lambda: native._load("fastdiff._cuda")[0])
+    monkeypatch.setattr(native, "queue", lambda device: (0, 0))
+    variant = next(v for v in OPS[name].variants if v.name == "cuda")
+    launches = 0
+    for call in OPS[name].samples("cpu"):
+        try:
+            variant.run(*call)
+        except RuntimeError as error:
+            assert re.match(rf"{name}: launch failed for \[[0-9, ]+\] on ", str(error))
+            launches += 1
+    assert launches > 5
 
 
 def test_info_has_a_sentence_for_cuda():
