@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import statistics
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from fastdiff.sampler import Sampler
 from fastdiff.solvers import SOLVERS
 from fastdiff.solvers.compat import process_of
 
-_COMPARE_ROUNDS = 3
+_COMPARE_ROUNDS = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,17 +101,19 @@ def _identity(model: LoadedModel, plan: Plan, args: argparse.Namespace) -> dict:
 def _compare(sampler: Sampler, model: LoadedModel, plan: Plan, shape: tuple, call: dict) -> dict:
     """Times the engine and plain torch on the same plan and noise, interleaved; empty for stochastic solvers."""
     noise = sampler.initial_state(shape, plan, call["seed"], call["device"])
+    contenders = {
+        "plain_torch": lambda: plain_sample(model.net, plan, noise, call["cond"], call["negative"]),
+        "fastdiff": lambda: sampler.sample(shape, **call),
+    }
+    runs = {name: [] for name in contenders}
     try:
-        contenders = {
-            "fastdiff": lambda: sampler.sample(shape, **call),
-            "plain_torch": lambda: plain_sample(model.net, plan, noise, call["cond"], call["negative"]),
-        }
-        results = {name: _timed(run)[0] for name, run in contenders.items()}
+        for _ in range(_COMPARE_ROUNDS):
+            for name, run in contenders.items():
+                runs[name].append(_timed(run))
     except ValueError:
         return {}
-    seconds = {name: [_timed(run)[1] for _ in range(_COMPARE_ROUNDS)] for name, run in contenders.items()}
-    ours, theirs = (statistics.median(seconds[name]) for name in ("fastdiff", "plain_torch"))
-    difference = float((results["fastdiff"] - results["plain_torch"]).abs().max())
+    ours, theirs = (min(seconds for _, seconds in runs[name]) for name in ("fastdiff", "plain_torch"))
+    difference = float((runs["fastdiff"][0][0] - runs["plain_torch"][0][0]).abs().max())
     return {
         "ms_per_call": round(1e3 * ours / plan.ticks, 3),
         "plain_torch_ms_per_call": round(1e3 * theirs / plan.ticks, 3),
