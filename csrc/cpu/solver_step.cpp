@@ -14,7 +14,7 @@ enum : int { kSlotH, kSlotX, kStep0 };  // columns of `meta`
 
 constexpr int64_t kChunk = 8192;               // elements of a task
 constexpr int64_t kSegment = 512;              // elements staged at once
-constexpr int64_t kSerial = 1 << 15;           // smaller problems stay on one thread
+constexpr int64_t kSerial = 1 << 17;           // smaller problems stay on one thread: waking another can take milliseconds
 constexpr int64_t kPastCaches = 16ll << 20;    // bytes of state from which stores bypass the caches
 
 // One sample of the step: everything a segment needs, before it is known which elements.
