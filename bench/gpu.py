@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from bench.gpu_checks import check_graph, check_memory, check_numbers
-from bench.timing import Timing, copy_bandwidth, header, interleave
+from bench.timing import Timing, header, interleave, memory_bandwidth
 from fastdiff.graph import StepGraph
 from fastdiff.ops import backend
 from fastdiff.ops.solver_step import bind, solver_step
@@ -34,11 +34,11 @@ def main(quick: bool, out: Path | None) -> int:
     if not torch.cuda.is_available():
         print("bench.gpu: torch sees no CUDA GPU; run it on a machine that has one", file=sys.stderr)
         return 2
-    machine = {**header(), "cuda": torch.version.cuda, "copy_bandwidth": copy_bandwidth(1 << 28, "cuda")}
+    machine = {**header(), "cuda": torch.version.cuda, "memory_bandwidth": memory_bandwidth(1 << 28, "cuda")}
     name = f"{machine['machine'].replace(' ', '-').lower()}-{machine['date']}.jsonl"
     out = out or Path(__file__).parent / "results" / name
     out.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{machine['machine']}: copies {machine['copy_bandwidth'] / 1e9:.0f} GB/s; records go to {out}")
+    print(f"{machine['machine']}: copies {machine['memory_bandwidth'] / 1e9:.0f} GB/s; records go to {out}")
     with out.open("a") as file:
         write = lambda record: print(json.dumps({**machine, **record}), file=file, flush=True)
         failed = 0
@@ -51,9 +51,9 @@ def main(quick: bool, out: Path | None) -> int:
             print(f"bench.gpu: {failed} checks failed, so nothing is timed", file=sys.stderr)
             return 1
         print("| row | shape | contender | us per step | p10 | p90 | % of copy |\n|---|---|---|---|---|---|---|")
-        for record in _timings("cuda", machine["copy_bandwidth"], seconds=0.3 if quick else 2.0):
+        for record in _timings("cuda", machine["memory_bandwidth"], seconds=0.3 if quick else 2.0):
             write(record)
-            numbers = (record["median_us"], record["p10_us"], record["p90_us"], 100 * record["fraction_of_copy"])
+            numbers = (record["median_us"], record["p10_us"], record["p90_us"], 100 * record["fraction_of_memory"])
             cells = " | ".join(f"{number:.2f}" for number in numbers)
             print(f"| {record['row']} | {record['shape']} | {record['contender']} | {cells} |", flush=True)
     return 0
@@ -87,7 +87,7 @@ def _timings(device: str, bandwidth: float, seconds: float) -> Iterator[dict]:
                     "bytes": size,
                     "sets": sets,
                 }
-                yield {**record, **dataclasses.asdict(each), "fraction_of_copy": fraction}
+                yield {**record, **dataclasses.asdict(each), "fraction_of_memory": fraction}
 
 
 def _bytes(row: str, shape: tuple[int, ...]) -> int:

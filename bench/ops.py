@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench.timing import copy_bandwidth, header, interleave
+from bench.timing import header, interleave, memory_bandwidth
 from fastdiff.ops import OPS
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,7 @@ def main(ops: list[str], *, json_output: bool = False, gate: float | None = None
     if unknown:
         raise ValueError(f"bench: unknown op {unknown[0]!r}; known are {', '.join(OPS)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    limit = copy_bandwidth(device=device)
+    limit = memory_bandwidth(device=device)
     records, failed = [], False
     for name in ops or list(OPS):
         if not _passes(name):
@@ -31,7 +31,7 @@ def main(ops: list[str], *, json_output: bool = False, gate: float | None = None
             continue
         records += _time_op(name, device, limit, quiet=json_output)
     if json_output:
-        print(json.dumps({**header(), "copy_bandwidth": limit, "records": records}, indent=2))
+        print(json.dumps({**header(), "memory_bandwidth": limit, "records": records}, indent=2))
     if out:
         with open(out, "a") as file:
             file.writelines(json.dumps({**header(), **record}) + "\n" for record in records)
@@ -56,7 +56,7 @@ def _time_op(name: str, device: str, limit: float, quiet: bool) -> list[dict]:
             "timings": {contender: dataclasses.asdict(t) for contender, t in timings.items()},
             "ratio": {peer: t.median_us / ours.median_us for peer, t in timings.items() if peer != "fastdiff"},
             "gb_per_s": case.bytes / ours.median_us / 1e3,
-            "fraction_of_copy": case.bytes / (ours.median_us * 1e-6) / limit,
+            "fraction_of_memory": case.bytes / (ours.median_us * 1e-6) / limit,
         }
         records.append(record)
         if not quiet:
@@ -69,7 +69,7 @@ def _print(record: dict) -> None:
     ratios = ", ".join(f"{ratio:.2f}x {peer}" for peer, ratio in record["ratio"].items())
     print(
         f"{record['op']} {record['case']}: {ours['median_us']:.1f} us (p10 {ours['p10_us']:.1f}, p90 {ours['p90_us']:.1f}), "
-        f"{record['gb_per_s']:.1f} GB/s = {100 * record['fraction_of_copy']:.0f} % of copy; {ratios}",
+        f"{record['gb_per_s']:.1f} GB/s = {100 * record['fraction_of_memory']:.0f} % of memory; {ratios}",
         flush=True,
     )
 

@@ -13,6 +13,7 @@
 #include "cpu/gram.h"
 #include "cpu/parallel.h"
 #include "cpu/philox_normal.h"
+#include "cpu/stream_triad.h"
 #if defined(FASTDIFF_FAULTS)
 #include "cpu/faults.h"
 #endif
@@ -51,6 +52,12 @@ void philox_normal_cpu(uintptr_t out, uintptr_t seed, uintptr_t step, uintptr_t 
                     pointer<const int32_t>(stream), rows, n, first, count);
     });
   }
+}
+
+// stream_triad(out [n] float32, a [n] float32, b [n] float32, n): what benchmarks call the memory's limit
+void stream_triad_cpu(uintptr_t out, uintptr_t a, uintptr_t b, int64_t n) {
+  if ((out | a | b | uintptr_t(n)) % 64) throw std::invalid_argument("stream_triad: addresses and n must be multiples of 64");
+  run_released(n, [&] { stream_triad(pointer<float>(out), pointer<const float>(a), pointer<const float>(b), n); });
 }
 
 // gram(out [batch, N, N + 1] float64, operands N x (address, type, (batch, channel, element stride)), batch, channels,
@@ -147,6 +154,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of fastdiff; call them through fastdiff.ops";
   m.def("philox_normal", &philox_normal_cpu);
   m.def("gram", &gram_cpu);
+  m.def("stream_triad", &stream_triad_cpu);
   py::class_<CheckedStep>(m, "SolverStep")
       .def(py::init<uintptr_t, const std::array<uintptr_t, 9>&, const std::array<int, 2>&, const std::array<int64_t, 7>&,
                     const std::array<int64_t, 4>&>())

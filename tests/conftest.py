@@ -18,6 +18,10 @@ settings.register_profile("fast", derandomize=True, deadline=None, max_examples=
 settings.register_profile("random", deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
+# torch remembers its constructors at the first use of a device context; that must be before they are replaced below
+with torch.device("meta"):
+    torch.empty(0)
+
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():

@@ -17,10 +17,6 @@ from fastdiff.models.header import CheckpointError
 from fastdiff.models.load import BUNDLED, WEIGHTS, load_classifier, load_model
 from fastdiff.models.unet import UNet, UNetConfig
 
-# torch remembers its constructors at the first use of a device context; that must be before conftest replaces them
-with torch.device("meta"):
-    torch.empty(0)
-
 DITS = {
     "bundled": {"num_attention_heads": 6, "attention_head_dim": 32, "num_layers": 3, "patch_size": 4},
     "patch 2, learned variance": {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "out_channels": 2},
