@@ -12,6 +12,7 @@ from fastdiff.ops import OPS
 
 
 def main(count: int) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores it
     index, delays = torch.arange(4), []
     out = OPS["philox_normal"](index, index.int(), index.int(), 50_000_000)  # pages in what the calls below reuse
     for k in range(count):
