@@ -63,7 +63,9 @@ def _rows(
     rows = []
     for r, order in enumerate(orders):
         at, to, length = levels[r], levels[r + 1], place[r + 1] - place[r]
-        w = solve_moments([(place[r - k] - place[r]) / length for k in range(order)], moments(r, order))
+        # a discrete schedule ends at t = 0 twice, with its least noise and with none: that step has no length, but order 1
+        nodes = [0.0, *((place[r - k] - place[r]) / length for k in range(1, order))]
+        w = solve_moments(nodes, moments(r, order))
         B = {r - k: to.alpha * value for k, value in enumerate(w)}
         rows.append(Row(at, to, to.alpha / at.alpha, B, step=r))
     return rows
