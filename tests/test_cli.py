@@ -90,3 +90,22 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_png(path, np.ones((4, 4), np.uint8), {})
     assert path.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["no_such_op"], "gram"), (["gram", "--shape", "2x3"], "2,4,64,64"), (["gram", "--dtype", "int8"], "bfloat16")],
+)
+def test_bench_refuses_what_it_cannot_time(capsys, arguments, message):
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bench_gate_looks_at_the_chosen_peers():
+    from bench.ops import Settings, _is_below
+
+    records = [{"ratio": {"torch": 0.5, "diffusers": 3.0}}]
+    assert _is_below(records, Settings(gate=1.0)) and not _is_below(
+        records, Settings(gate=1.0, against=("diffusers",))
+    )
+    assert not _is_below(records, Settings())

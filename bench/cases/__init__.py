@@ -1,4 +1,7 @@
-"""Benchmark cases: one file per op, found by the op's name; `cases(device)` yields Case objects."""
+"""Benchmark cases: one file per op, found by the op's name; `cases(device, shapes, dtype)` yields Case objects.
+
+`shapes` replaces the op's usual ones when it is not empty; `dtype` is that of the data that a model makes.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

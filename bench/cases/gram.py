@@ -10,10 +10,10 @@ from fastdiff.ops import gram
 SHAPES = ((2, 4, 64, 64), (1, 16, 128, 128), (1, 16, 21, 90, 160))
 
 
-def cases(device: str) -> Iterator[Case]:
+def cases(device: str, shapes: tuple = (), dtype: torch.dtype = torch.float32) -> Iterator[Case]:
     """Three operands: what guidance rescaling and projections need."""
-    for shape in SHAPES:
-        operands = [torch.randn(shape, device=device) for _ in range(3)]
+    for shape in shapes or SHAPES:
+        operands = [torch.randn(shape, device=device, dtype=dtype) for _ in range(3)]
 
         def bmm(operands=operands):
             rows = torch.stack([v.flatten(1) for v in operands], dim=1)

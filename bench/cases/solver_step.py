@@ -1,5 +1,6 @@
 """The solver update with guidance, against diffusers' schedulers, eager torch, and torch.compile."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,20 +15,20 @@ SOLVERS = {"dpmpp-2m": "DPMSolverMultistepScheduler", "unipc-2": "UniPCMultistep
 STEPS, GUIDANCE = 20, 5.0
 
 
-def cases(device: str) -> Iterator[Case]:
+def cases(device: str, shapes: tuple = (), dtype: torch.dtype = torch.float32) -> Iterator[Case]:
     """A whole 20-step loop per call, so that every row of the table is timed; divide by 20 for one step."""
-    for shape in SHAPES:
+    for shape in shapes or SHAPES:
         for solver, scheduler in SOLVERS.items():
             table = _plan(shape, solver)
-            traffic = 4 * (shape[0] * _count(shape[1:])) * (3 + 2 + 2 * table.slots) * STEPS
-            contenders = {"fastdiff": _fastdiff(shape, table, device), "torch": _torch(shape, table, device, False)}
-            contenders["torch.compile"] = _torch(shape, table, device, True)
-            contenders |= _diffusers(shape, scheduler, device)
+            state = math.prod(shape) * STEPS
+            traffic = state * (4 * (2 + 2 * table.slots) + 3 * dtype.itemsize)  # two outputs, one model input
+            contenders = {
+                "fastdiff": _fastdiff(shape, table, device, dtype),
+                "torch": _torch(shape, table, device, dtype, False),
+            }
+            contenders["torch.compile"] = _torch(shape, table, device, dtype, True)
+            contenders |= _diffusers(shape, scheduler, device, dtype)
             yield Case(f"{solver} {shape} x{STEPS}", contenders, traffic)
-
-
-def _count(shape: tuple) -> int:
-    return int(torch.Size(shape).numel())
 
 
 def _plan(shape: tuple, solver: str):
@@ -36,16 +37,16 @@ def _plan(shape: tuple, solver: str):
     return sampler.plan(shape[0], solver=solver, steps=STEPS, guidance=GUIDANCE)
 
 
-def _outputs(shape: tuple, device: str) -> torch.Tensor:
+def _outputs(shape: tuple, device: str, dtype: torch.dtype) -> torch.Tensor:
     """Both branches in one tensor, as pipelines get them."""
-    return torch.randn(2 * shape[0], *shape[1:], device=device)
+    return torch.randn(2 * shape[0], *shape[1:], device=device, dtype=dtype)
 
 
-def _fastdiff(shape: tuple, plan, device: str) -> Callable[[], None]:
+def _fastdiff(shape: tuple, plan, device: str, dtype: torch.dtype) -> Callable[[], None]:
     B = shape[0]
-    x, y = torch.randn(shape, device=device), _outputs(shape, device)
+    x, y = torch.randn(shape, device=device), _outputs(shape, device, dtype)
     history = torch.zeros(plan.slots, *shape, device=device)
-    model_input = torch.empty(1, *shape, device=device)
+    model_input = torch.empty(1, *shape, device=device, dtype=dtype)
     tick = torch.zeros(1, dtype=torch.int32, device=device)
     on = lambda array, dtype: torch.from_numpy(array).to(device=device, dtype=dtype)
     source = torch.arange(2 * B, dtype=torch.int32, device=device).view(2, B)
@@ -61,9 +62,9 @@ def _fastdiff(shape: tuple, plan, device: str) -> Callable[[], None]:
     return loop
 
 
-def _torch(shape: tuple, plan, device: str, compiled: bool) -> Callable[[], None]:
+def _torch(shape: tuple, plan, device: str, dtype: torch.dtype, compiled: bool) -> Callable[[], None]:
     """The same rows with torch operations; coefficients as Python numbers, one graph for all rows when compiled."""
-    x, y = torch.randn(shape, device=device), _outputs(shape, device)
+    x, y = torch.randn(shape, device=device), _outputs(shape, device, dtype)
     start = [torch.zeros(shape, device=device) for _ in range(plan.slots)]
     names = ("a", "b0", "b1", "A", "B", *(f"S{s}" for s in range(plan.slots)))
     rows = [torch.tensor([plan.coef[r, COEF.index(n)] for n in names], dtype=torch.float32) for r in plan.rows[:, 0]]
@@ -89,13 +90,13 @@ def _torch(shape: tuple, plan, device: str, compiled: bool) -> Callable[[], None
     return loop
 
 
-def _diffusers(shape: tuple, scheduler: str, device: str) -> dict[str, Callable[[], None]]:
+def _diffusers(shape: tuple, scheduler: str, device: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     try:
         import diffusers
     except ImportError:
         return {}
     made = getattr(diffusers, scheduler)(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    x, y = torch.randn(shape, device=device), _outputs(shape, device)
+    x, y = torch.randn(shape, device=device), _outputs(shape, device, dtype)
     made.set_timesteps(STEPS, device=device)
 
     def loop() -> None:

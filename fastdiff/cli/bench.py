@@ -4,9 +4,13 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("ops", nargs="*", metavar="OP", help="ops to time (default: all)")
-    parser.add_argument("--gate", type=float, default=None, help="exit with 1 when a ratio to the peer is below this")
-    parser.add_argument("--out", default=None, metavar="FILE", help="append JSON lines to this file")
+    """Those of `python -m bench.ops`, where the benchmarks are at hand."""
+    try:
+        from bench import ops
+    except ImportError:
+        parser.add_argument("ops", nargs="*", metavar="OP")
+    else:
+        ops.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -15,4 +19,4 @@ def run(args: argparse.Namespace) -> int:
         from bench import ops
     except ImportError:
         raise RuntimeError("the benchmarks live in the repository; run this command from a checkout of it") from None
-    return ops.main(args.ops, json_output=args.json, gate=args.gate, out=args.out)
+    return ops.run(ops.settings_of(args))
