@@ -50,8 +50,8 @@ class Sampler:
                 (or pytree) like x. Rows of different samples and branches are mixed in one call.
     prediction  what net returns: a key of `fastdiff.process.PREDICTIONS` or a mix (p, q, r): p x0 + q noise + r x
     process     the noise process; VPDiscrete() (linear betas, 1000 steps) when None
-    micro_batch rows per call of net; None means all at once. With 1 the result of a sample does not depend on its batch
-                even where the network's own kernels do.
+    micro_batch rows per call of net; None means all at once on a GPU, and on a CPU equal parts of at most 32. With 1 the
+                result of a sample does not depend on its batch even where the network's own kernels do.
     model_dtype dtype of net's input; that of its first floating parameter when None
 
     The state is float32 (or float64), whatever the model's dtype. A Sampler holds no running state: it may serve several

@@ -292,6 +292,21 @@ def test_cancel_gives_back_the_last_step_and_the_sampler_works_on():
     assert torch.equal(done.x, states[done.tick].x) and done.tick < 9
 
 
+@pytest.mark.parametrize("micro_batch, sizes", [(None, [27, 27, 26]), (30, [30, 30, 20]), (80, [80])])
+def test_large_batches_reach_the_network_in_parts(micro_batch, sizes):
+    seen = []
+
+    def net(x, t, shift):
+        seen.append(x.shape[0])
+        return elementwise_net(x, t, shift)
+
+    inputs = {**conditions(range(40)), "solver": "ddim", "guidance": 2.0, "seed": 3}
+    parts = Sampler(net, prediction="v", process=VPLinear(), micro_batch=micro_batch)
+    out = parts.sample((40, *SHAPE), steps=1, device="cpu", **inputs)
+    whole = Sampler(elementwise_net, prediction="v", process=VPLinear(), micro_batch=1)
+    assert seen == sizes and torch.equal(out, whole.sample((40, *SHAPE), steps=1, device="cpu", **inputs))
+
+
 def test_nan_names_the_step():
     def net(x, t):
         return x * float("nan") if float(t[0]) < 400.0 else elementwise_net(x, t)
