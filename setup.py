@@ -28,7 +28,9 @@ LEVELS = {
     "avx2": "-mavx2 -mfma -mf16c".split(),
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16".split(),
 }
-ONCE = {"dispatch.cpp", "parallel.cpp"}  # in csrc/cpu, compiled for the baseline only
+LEVELS["amx"] = [*LEVELS["avx512"], *"-mamx-tile -mamx-int8 -mamx-bf16".split()]
+ONCE = {"dispatch.cpp", "parallel.cpp", "workspace.cpp"}  # in csrc/cpu, compiled for the baseline only
+TILED: set[str] = set()  # in csrc/cpu, compiled for AMX as well: those that multiply matrices
 SANITIZE = os.environ.get("FASTDIFF_SANITIZE", "")
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 FLAGS = [
@@ -109,11 +111,13 @@ def cpu_compiles(folder: Path) -> list[list[str]]:
     levels = [name for name, flags in LEVELS.items() if knows(flags)]
     base = [*CXX, *FLAGS, *includes(), f"-DFASTDIFF_LEVELS={len(levels)}"]
     commands = [compile_command(base, Path("csrc/bindings.cpp"), folder / "bindings.o")]
+    for source in sorted(Path("csrc/bind").glob("*.cpp")):
+        commands.append(compile_command(base, source, folder / f"bind.{source.stem}.o"))
     for source in sorted(Path("csrc/cpu").glob("*.cpp")):
         if source.name in ONCE:
             commands.append(compile_command(base, source, folder / f"{source.stem}.o"))
             continue
-        for level in levels:
+        for level in levels if source.name in TILED else levels[:3]:
             flags = [*LEVELS[level], f"-DFASTDIFF_ISA={level}"]
             commands.append(compile_command([*base, *flags], source, folder / f"{source.stem}.{level}.o"))
     return commands

@@ -16,7 +16,7 @@ from fastdiff.ops import OPS, backend, native
 from fastdiff.ops.solver_step import COEF, bind
 from fastdiff.ops.solver_step_samples import make_call
 
-LEVELS = ("baseline", "avx2", "avx512")
+LEVELS = ("baseline", "avx2", "avx512", "amx")
 HERE = Path(__file__).parent / "native"
 
 pytestmark = pytest.mark.skipif(native.cpu() is None, reason=f"no native code: {native.cpu_missing()}")
@@ -61,7 +61,7 @@ def test_every_thread_count_gives_the_same_bits(threads, reference_digest):
 def test_unknown_instruction_set_is_an_error_that_names_the_known():
     done = _script("digest.py", 1, isa="avx1024")
     assert done.returncode != 0
-    assert "ValueError: FASTDIFF_CPU_ISA must be baseline, avx2 or avx512, got avx1024" in done.stderr
+    assert "ValueError: FASTDIFF_CPU_ISA must be baseline, avx2, avx512 or amx, got avx1024" in done.stderr
 
 
 @pytest.mark.parametrize("kernel", ("philox_normal", "gram", "solver_step"))

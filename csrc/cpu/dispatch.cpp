@@ -7,22 +7,32 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace fastdiff {
 namespace {
 
-const char* const kNames[] = {"baseline", "avx2", "avx512"};
+const char* const kNames[] = {"baseline", "avx2", "avx512", "amx"};
 
 bool bit(unsigned word, int position) { return (word >> position) & 1; }
 
 Isa read_limit(Isa detected) {
   const char* wanted = std::getenv("FASTDIFF_CPU_ISA");
   if (wanted == nullptr || *wanted == 0) return detected;
-  for (int level = kBaseline; level <= kAvx512; ++level)
+  for (int level = kBaseline; level <= kAmx; ++level)
     if (std::strcmp(wanted, kNames[level]) == 0) return level < detected ? Isa(level) : detected;
-  throw std::invalid_argument(std::string("FASTDIFF_CPU_ISA must be baseline, avx2 or avx512, got ") + wanted);
+  throw std::invalid_argument(std::string("FASTDIFF_CPU_ISA must be baseline, avx2, avx512 or amx, got ") + wanted);
 }
+
+#if defined(__x86_64__)
+// Linux hands out the tile registers on request only
+bool tiles_permitted() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 Isa machine_isa() {
 #if defined(__x86_64__)
@@ -36,7 +46,10 @@ Isa machine_isa() {
   const bool vnni = bit(c, 11);
   if ((saved & 0xe6) != 0xe6 || !foundation || !vnni) return kAvx2;
   const bool bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 5);
-  return bf16 ? kAvx512 : kAvx2;
+  if (!bf16) return kAvx2;
+  __get_cpuid_count(7, 0, &a, &b, &c, &d);
+  const bool tiles = bit(d, 24) && bit(d, 25) && bit(d, 22) && (saved & 0x60000) == 0x60000;
+  return tiles && tiles_permitted() ? kAmx : kAvx512;
 #else
   return kBaseline;
 #endif

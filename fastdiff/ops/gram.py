@@ -2,7 +2,7 @@
 
 import torch
 
-from fastdiff.ops import native
+from fastdiff.ops import memory, native
 from fastdiff.ops.registry import op
 from fastdiff.ops.strides import evenly_strided, sizes
 
@@ -40,7 +40,7 @@ def gram(operands: list[torch.Tensor]) -> torch.Tensor:
 @gram.variant("cpu", devices=("cpu",), missing=native.cpu_missing)
 def _(operands):
     first, n = operands[0], len(operands)
-    out = torch.empty(first.shape[0], n, n + 1, dtype=torch.float64)
+    out = memory.empty((first.shape[0], n, n + 1), torch.float64)
     even = [evenly_strided(v) for v in operands]
     native.cpu().gram(
         out.data_ptr(), [(v.data_ptr(), native.TYPE_CODES[v.dtype], stride) for v, stride in even], *sizes(first)

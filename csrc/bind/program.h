@@ -1,0 +1,38 @@
+// A recorded sequence of kernel calls with fixed addresses: what a CUDA graph is on a GPU.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <utility>
+#include <vector>
+
+namespace fastdiff {
+
+class Program {
+ public:
+  // The program that calls on this thread are added to, or null.
+  static Program*& recording() {
+    static thread_local Program* program = nullptr;
+    return program;
+  }
+
+  void add(int64_t cost, std::function<void()> task) { tasks_.push_back({cost, std::move(task)}); }
+  size_t size() const { return tasks_.size(); }
+
+  // Runs tasks from `first` on until they cost more than `limit`; returns the first one that was not run.
+  size_t run(size_t first, int64_t limit) const {
+    for (int64_t cost = 0; first < tasks_.size() && cost <= limit; ++first) {
+      tasks_[first].work();
+      cost += tasks_[first].cost;
+    }
+    return first;
+  }
+
+ private:
+  struct Task {
+    int64_t cost;
+    std::function<void()> work;
+  };
+  std::vector<Task> tasks_;
+};
+
+}  // namespace fastdiff

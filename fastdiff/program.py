@@ -1,0 +1,74 @@
+"""Programs: the kernel calls of a function, recorded once and repeated without Python in between."""
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdiff.ops import native
+from fastdiff.ops.memory import Arena, use_arena
+
+# torch calls that only make or describe memory: nothing is lost when a program does not repeat them
+_HARMLESS = {
+    *"alias as_strided detach empty empty_like empty_strided expand lift_fresh permute reshape select slice split".split(),
+    *"split_with_sizes squeeze t transpose unbind unflatten unfold unsqueeze view _reshape_alias _unsafe_view".split(),
+    *"chunk flatten movedim narrow view_as_real set_ resolve_conj resolve_neg is_pinned".split(),
+}
+
+
+class NotCapturableError(RuntimeError):
+    """A function called torch for something that a program would not repeat."""
+
+
+class _OnlyKernels(TorchDispatchMode):
+    """Refuses torch's own computations while a program is recorded: they would be missing from it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        if name not in _HARMLESS:
+            raise NotCapturableError(f"program: torch computed {name}; only fastdiff.ops can be recorded")
+        return func(*args, **(kwargs or {}))
+
+
+class Program:
+    """`function`, recorded for inputs of one shape: a call copies the inputs in, repeats the kernels, copies the outputs.
+
+    function  from CPU tensors to a tensor or a tuple of tensors, through fastdiff.ops and views only
+    examples  tensors like the inputs of every later call: same shapes and dtypes
+    arena     the memory of intermediate results; programs that never run at the same time may share it
+
+    Raises NotCapturableError where `function` computes with torch itself, RuntimeError without the compiled kernels.
+    Calls may come from several threads; they take turns.
+    """
+
+    def __init__(self, function: Callable, examples: tuple[torch.Tensor, ...], arena: Arena | None = None) -> None:
+        if native.cpu() is None:
+            raise RuntimeError(f"program: {native.cpu_missing()}")
+        self._lock = threading.Lock()
+        self._inputs = tuple(example.detach().clone(memory_format=torch.contiguous_format) for example in examples)
+        self._native = native.cpu().Program()
+        self._arena = arena or Arena()
+        with torch.no_grad(), use_arena(self._arena):
+            self._native.start()
+            try:
+                with _OnlyKernels():
+                    self._outputs = function(*self._inputs)
+            finally:
+                self._native.stop()
+
+    def __len__(self) -> int:
+        """Number of recorded kernel calls."""
+        return len(self._native)
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """The function's result for these inputs, in fresh memory."""
+        with self._lock:
+            for kept, new in zip(self._inputs, inputs, strict=True):
+                if kept.shape != new.shape:
+                    raise ValueError(f"program: inputs must have shape {tuple(kept.shape)}, got {tuple(new.shape)}")
+                kept.copy_(new)
+            self._native.run()
+            if isinstance(self._outputs, torch.Tensor):
+                return self._outputs.clone()
+            return tuple(out.clone() for out in self._outputs)
