@@ -61,14 +61,31 @@ class Program:
         """Number of recorded kernel calls."""
         return len(self._native)
 
+    @property
+    def outputs(self) -> tuple[torch.Tensor, ...]:
+        """The results of the last run, in place: the next run writes over them."""
+        return (self._outputs,) if isinstance(self._outputs, torch.Tensor) else tuple(self._outputs)
+
+    def load(self, *inputs: torch.Tensor) -> None:
+        """Copies inputs in. Raises ValueError for other shapes than the examples'."""
+        for kept, new in zip(self._inputs, inputs, strict=True):
+            if kept.shape != new.shape:
+                raise ValueError(f"program: inputs must have shape {tuple(kept.shape)}, got {tuple(new.shape)}")
+            kept.copy_(new)
+
+    def holds(self, *inputs: torch.Tensor) -> bool:
+        """Whether the inputs that were loaded last equal these."""
+        return all(torch.equal(kept, new) for kept, new in zip(self._inputs, inputs, strict=True))
+
+    def run(self) -> None:
+        """Repeats the kernels on the inputs that were loaded last."""
+        self._native.run()
+
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """The function's result for these inputs, in fresh memory."""
         with self._lock:
-            for kept, new in zip(self._inputs, inputs, strict=True):
-                if kept.shape != new.shape:
-                    raise ValueError(f"program: inputs must have shape {tuple(kept.shape)}, got {tuple(new.shape)}")
-                kept.copy_(new)
-            self._native.run()
+            self.load(*inputs)
+            self.run()
             if isinstance(self._outputs, torch.Tensor):
                 return self._outputs.clone()
             return tuple(out.clone() for out in self._outputs)

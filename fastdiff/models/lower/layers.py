@@ -1,0 +1,183 @@
+"""Layers with packed weights: what a lowered model is made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastdiff import ops
+from fastdiff.models.lower.record import Mode, Record, UnsupportedError
+from fastdiff.ops.packing import interleave, pack, pack_conv
+
+Tensor = torch.Tensor
+_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "w8a8"}
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 with one scale per row: codes `[N, K]` in [-127, 127] and float32 scales `[N]`."""
+    scale = weight.abs().amax(dim=1) / 127
+    codes = torch.round(weight / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None])
+    return codes.clamp_(-127, 127).to(torch.int8), scale
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """One or several linear layers over the same input, as one matrix product with a fused epilogue."""
+
+    weight: Tensor
+    scale: Tensor | None
+    sums: Tensor | None
+    bias: Tensor | None
+    out_features: int
+    stream: torch.dtype
+
+    def __call__(
+        self,
+        x: Tensor,
+        activation: str = "none",
+        gate: Tensor | None = None,
+        residual: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """`[..., K]` to `[..., N]`: product, bias, activation, gate and residual, in `out_dtype` (the stream's)."""
+        n, out = self.out_features, out_dtype or self.stream
+        if self.scale is None:
+            return ops.linear(x, self.weight, n, self.bias, activation, gate, residual, out)
+        return ops.linear_w8a8(
+            x, None, self.weight, self.scale, self.sums, n, self.bias, activation, gate, residual, None, out
+        )
+
+
+@dataclass(frozen=True)
+class PackedConv:
+    """A convolution over NHWC with everything around it that needs no reduction."""
+
+    weight: Tensor
+    scale: Tensor | None
+    sums: Tensor | None
+    bias: Tensor | None
+    out_channels: int
+    kernel: int
+    stride: int
+    padding: list[int]
+    upsample: int
+    stream: torch.dtype
+
+    def __call__(
+        self,
+        x: Tensor,
+        second: Tensor | None = None,
+        emb: Tensor | None = None,
+        residual: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """`[B, H, W, C1]`, and `[B, H, W, C2]` beside it, to `[B, Ho, Wo, N]` in `out_dtype` (the stream's)."""
+        shape = (self.out_channels, self.kernel, self.stride, self.padding, self.upsample)
+        rest = (self.bias, emb, residual)
+        out = out_dtype or self.stream
+        if self.scale is None:
+            return ops.conv2d(x, second, self.weight, *shape, *rest, out)
+        return ops.conv2d_w8a8(
+            x, None, second, None, self.weight, self.scale, self.sums, *shape, *rest, None, out
+        )
+
+
+class Packer:
+    """Packs the layers of a module for a mode, and notes what it did.
+
+    spared         layers to keep in floating point, from name to reason
+    keep_original  False: gives up the weights of each layer as soon as it is packed
+    """
+
+    def __init__(
+        self, mode: Mode, record: Record, spared: dict[str, str] | None = None, keep_original: bool = True
+    ) -> None:
+        self.mode = mode
+        self.record = record
+        self._spared = spared or {}
+        self._keep_original = keep_original
+
+    def linear(self, name: str, *linears: nn.Linear, pairs: bool = False, spare: str = "") -> PackedLinear:
+        """Linear layers that share an input, next to each other.
+
+        pairs  the halves of the output are a value and its gate (GEGLU)
+        spare  why the weights stay in floating point, in a mode that quantizes
+        """
+        for layer in linears:
+            _check_plain(name, layer, nn.Linear)
+        weight = torch.cat([layer.weight.detach().float() for layer in linears])
+        bias = _joined_bias(linears)
+        if pairs:
+            half = weight.shape[0] // 2
+            weight = interleave(weight[:half], weight[half:])
+            bias = None if bias is None else interleave(bias[:half], bias[half:])
+        packed, scale, sums = self._pack(weight, pack, self._format(name, spare))
+        self._note(name, packed, spare)
+        self._give_up(*linears)
+        return PackedLinear(packed, scale, sums, bias, weight.shape[0], self.mode.stream)
+
+    def conv(
+        self,
+        name: str,
+        conv: nn.Conv2d,
+        channels: tuple[int, ...] | None = None,
+        padding: list[int] | None = None,
+        upsample: int = 1,
+        spare: str = "",
+    ) -> PackedConv:
+        """A convolution with a square kernel.
+
+        channels  of the two segments that its input comes in
+        padding   left, right, top, bottom, where it differs from the layer's own
+        """
+        _check_plain(name, conv, nn.Conv2d)
+        flat = conv.weight.detach().float().flatten(1)
+        form = self._format(name, spare)
+        shape, segments = conv.weight.shape, channels or (conv.in_channels,)
+        arrange = lambda values: pack_conv(values.view(values.shape[0], *shape[1:]), segments)
+        packed, scale, sums = self._pack(flat, arrange, form)
+        self._note(name, packed, spare)
+        if padding is None:
+            padding = [conv.padding[1], conv.padding[1], conv.padding[0], conv.padding[0]]
+        bias = None if conv.bias is None else conv.bias.detach().float()
+        self._give_up(conv)
+        geometry = (conv.out_channels, conv.kernel_size[0], conv.stride[0], padding, upsample)
+        return PackedConv(packed, scale, sums, bias, *geometry, self.mode.stream)
+
+    def _format(self, name: str, spare: str) -> torch.dtype:
+        quantized = self.mode.weights == torch.int8
+        if quantized and (spare or name in self._spared):
+            return self.mode.stream
+        return self.mode.weights
+
+    @staticmethod
+    def _pack(weight: Tensor, arrange, form: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if form != torch.int8:
+            return arrange(weight.to(form)), None, None
+        codes, scale = quantize_weight(weight)
+        return arrange(codes), scale, codes.sum(dim=1, dtype=torch.int32)
+
+    def _give_up(self, *layers: nn.Module) -> None:
+        if not self._keep_original:
+            for layer in layers:
+                layer.weight = nn.Parameter(layer.weight.to("meta"), requires_grad=False)
+
+    def _note(self, name: str, packed: Tensor, spare: str) -> None:
+        reason = "" if packed.dtype == self.mode.weights else spare or self._spared.get(name, "")
+        self.record.add(name, _FORMATS[packed.dtype], reason, packed.nbytes)
+
+
+def _check_plain(name: str, layer: nn.Module, expected: type) -> None:
+    """A subclass (LoRA), a parametrization or a hook computes something else than the plain layer."""
+    if type(layer) is not expected:
+        raise UnsupportedError(f"{name} is a {type(layer).__name__}, not a plain {expected.__name__}")
+    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
+        raise UnsupportedError(f"{name} has hooks")
+
+
+def _joined_bias(linears: Sequence[nn.Linear]) -> Tensor | None:
+    if all(layer.bias is None for layer in linears):
+        return None
+    zeros = lambda layer: torch.zeros(layer.out_features)
+    return torch.cat([zeros(l) if l.bias is None else l.bias.detach().float() for l in linears])

@@ -1,0 +1,134 @@
+"""A module whose forward runs on fused kernels."""
+
+import threading
+from collections import Counter
+
+import torch
+from torch import nn
+
+from fastdiff.models.lower import FAMILIES
+from fastdiff.models.lower.layers import Packer
+from fastdiff.models.lower.lowered import Call, Lowered
+from fastdiff.models.lower.record import MODES, Mode, Record, UnsupportedError
+from fastdiff.ops import native
+from fastdiff.ops.memory import Arena
+from fastdiff.ops.registry import forced_backend
+from fastdiff.program import NotCapturableError, Program
+
+Tensor = torch.Tensor
+_PROGRAMS = 16  # shapes whose programs are kept
+
+
+class Running:
+    """Runs a lowered module: one recorded program per shape, on memory that all shapes share.
+
+    Lowers the module at the first call, and again when its parameters have changed since. Copies and pickles carry the
+    settings only.
+    """
+
+    def __init__(self, module: nn.Module, mode: Mode, spared: dict[str, str], exact_time: bool, keep_original: bool) -> None:
+        self.module = module
+        self.settings = (mode, spared, exact_time, keep_original)
+        self.calls: Counter[str] = Counter()
+        self._lowered: Lowered | None = None
+        self._versions = -1
+        self._lock = threading.RLock()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._programs: dict[tuple, Program] = {}
+        self._encoders: dict[tuple, Program] = {}
+        self._arena = Arena()
+
+    def __getstate__(self) -> dict:
+        if not self.settings[3]:
+            raise RuntimeError("accelerate: a module whose original weights were given up cannot be copied or pickled")
+        return {"module": self.module, "settings": self.settings}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["module"], *state["settings"])
+
+    @property
+    def lowered(self) -> Lowered:
+        """The packed model, up to date with the module's parameters."""
+        if self._lowered is None or self.settings[3] and self._versions != _versions(self.module):
+            self._lower()
+            self._versions = _versions(self.module)
+        return self._lowered
+
+    def _lower(self) -> None:
+        mode, spared, exact_time, keep_original = self.settings
+        self._forget()
+        with torch.no_grad():
+            packer = Packer(mode, Record(), spared, keep_original)
+            self._lowered = FAMILIES[type(self.module).__name__](self.module, packer, exact_time)
+
+    def forward(self, *args, **kwargs):
+        """The module's forward, on fused kernels where they serve the call, else its own."""
+        with self._lock:
+            reason, call = self._read(args, kwargs)
+            if call is None:
+                self.calls[reason] += 1
+                return type(self.module).forward(self.module, *args, **kwargs)
+            self.calls["fused"] += 1
+            with torch.no_grad():
+                return call.wrap(self._run(call))
+
+    def prepare(self, *temporal: Tensor) -> None:
+        """Fills the temporal table for a whole schedule: timesteps `[R]`, and conditioning of R rows beside them."""
+        with self._lock, torch.no_grad():
+            self.lowered.temporal.prepare(*temporal)
+
+    def _read(self, args: tuple, kwargs: dict) -> tuple[str, Call | None]:
+        if torch.compiler.is_compiling():
+            return "torch.compile traces the module", None
+        try:
+            call = self.lowered.read(*args, **kwargs)
+        except UnsupportedError as error:
+            return str(error), None
+        tensors = (call.sample, *call.context)
+        if any(t.device.type != "cpu" for t in tensors):
+            return f"inputs on {call.sample.device}", None
+        if torch.is_grad_enabled() and (self.module.training or any(t.requires_grad for t in tensors)):
+            return "a gradient is wanted", None
+        if call.sample.shape[0] == 0:
+            return "empty batch", None
+        return "", call
+
+    def _run(self, call: Call) -> Tensor:
+        lowered = self._lowered
+        rows = lowered.temporal.lookup(*call.temporal)
+        lowered.prepare(call)
+        if native.cpu() is None or forced_backend() is not None:
+            return lowered.body(call.sample, rows, *lowered.encode(*call.context))
+        key = (call.sample.shape, call.sample.dtype, *((c.shape, c.dtype) for c in call.context))
+        encoded = self._encode(key, call.context)
+        program = self._programs.get(key)
+        if program is None:
+            if len(self._programs) >= _PROGRAMS:
+                self._forget()
+                encoded = self._encode(key, call.context)
+            body = lambda sample, rows: lowered.body(sample, rows, *encoded)
+            program = self._programs[key] = Program(body, (call.sample, rows), self._arena)
+        return program(call.sample, rows)
+
+    def _encode(self, key: tuple, context: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The encoded context, in place; computed again only when the context has other values."""
+        if not context:
+            return ()
+        encoder = self._encoders.get(key)
+        created = encoder is None
+        if created:
+            encoder = self._encoders[key] = Program(self._lowered.encode, context, self._arena)
+        if created or not encoder.holds(*context):
+            encoder.load(*context)
+            encoder.run()
+        return encoder.outputs
+
+
+def _versions(module: nn.Module) -> int:
+    """A number that grows with every change in place of a parameter."""
+    return sum(0 if p.is_inference() else p._version for p in module.parameters())
+
+
+__all__ = ["MODES", "NotCapturableError", "Running"]

@@ -1,0 +1,93 @@
+"""The temporal cache: what depends on the timestep and on fixed conditioning only is computed once per schedule."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable
+
+import torch
+
+Tensor = torch.Tensor
+_ROWS_AT_ONCE = 64
+
+
+class TemporalTable:
+    """Rows of a function of (timestep, conditioning), kept by their arguments.
+
+    A UNet's time projections and a DiT's modulations don't depend on the state, and a schedule has finitely many
+    timesteps: a third of DiT-XL's weights need not be read in the loop (Huang et al. 2024, temporal information block).
+
+    compute    from tensors with R rows, the timesteps `[R]` first, to `[R, width]` float32
+    exact      compute rows together with the batch that asked for them, so that they have the bits the network itself
+               would compute; else many rows are computed at once, which differs by rounding (below 1e-6)
+    max_bytes  of the rows that are kept; those unused for longest are dropped
+    """
+
+    def __init__(self, compute: Callable[..., Tensor], exact: bool = False, max_bytes: int = 256 << 20) -> None:
+        self._compute = compute
+        self._exact = exact
+        self._max_bytes = max_bytes
+        self._rows: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self.computed = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows that are kept."""
+        return sum(row.nbytes for row in self._rows.values())
+
+    def clear(self) -> None:
+        """Forgets all rows, for when the weights behind them have changed."""
+        self._rows.clear()
+
+    def lookup(self, *inputs: Tensor, out: Tensor | None = None) -> Tensor:
+        """The rows for these inputs, `[B, width]` float32; those that are not there yet are computed."""
+        keys = self._keys(inputs)
+        rows = [self._rows.get(key) for key in keys]
+        if any(row is None for row in rows):
+            rows = self._add(keys, inputs)
+        elif len(self._rows) > len(keys):
+            for key in keys:
+                self._rows.move_to_end(key)
+        return torch.stack(rows, out=out)
+
+    def prepare(self, *inputs: Tensor) -> None:
+        """Computes the rows for these inputs, `[R]` timesteps and conditioning of R rows, before they are asked for.
+
+        Does nothing in exact mode: there rows belong to the batch that asks for them.
+        """
+        if not self._exact:
+            self._add(self._keys(inputs), inputs)
+
+    def _keys(self, inputs: tuple[Tensor, ...]) -> list[Hashable]:
+        keys = list(zip(*map(_row_keys, inputs), strict=True))
+        if self._exact:
+            whole = tuple(keys)
+            keys = [(position, whole) for position in range(len(keys))]
+        return keys
+
+    def _add(self, keys: list[Hashable], inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """Computes what is missing and returns the rows of `keys`."""
+        found = {key: self._rows[key] for key in keys if key in self._rows}
+        first = {key: position for position, key in reversed(list(enumerate(keys))) if key not in found}
+        wanted = list(range(len(keys))) if self._exact and first else sorted(first.values())
+        size = len(wanted) if self._exact else _ROWS_AT_ONCE
+        for part in _parts(wanted, size):
+            index = torch.tensor(part)
+            computed = self._compute(*(tensor.index_select(0, index) for tensor in inputs)).float()
+            self.computed += len(part)
+            found |= {keys[position]: row.clone() for position, row in zip(part, computed, strict=True)}
+        rows = [found[key] for key in keys]
+        self._rows.update(found)
+        while self._rows and self.nbytes > self._max_bytes:
+            self._rows.popitem(last=False)
+        return rows
+
+
+def _parts(values: list[int], size: int) -> Iterable[list[int]]:
+    return (values[start : start + size] for start in range(0, len(values), size))
+
+
+def _row_keys(tensor: Tensor) -> list[Hashable]:
+    """One hashable value per row; equal values mean equal rows."""
+    if tensor.dim() == 1:
+        return tensor.tolist()
+    raw = tensor.detach().contiguous().view(torch.uint8).flatten(1).numpy()
+    return [row.tobytes() for row in raw]
