@@ -32,6 +32,14 @@ class ModelCalls:
     _index: torch.Tensor | None = None
     _cond: dict = field(default_factory=dict)
 
+    def prepare(self, times: torch.Tensor, leaves: list[Leaf]) -> None:
+        """Lets a network that has `prepare_schedule` compute what depends on times ([ticks, B]) and conditioning only."""
+        prepare = getattr(self.net, "prepare_schedule", None)
+        if prepare is not None and times.numel():
+            example = tree_unflatten([leaf.model_input.flatten(0, 1) for leaf in leaves], self.structure)
+            conditioning = self.conditioning.rows(self.conditioning.tensors, slice(None))
+            prepare(example, times.repeat(1, self.source.shape[0]), **conditioning)
+
     def select(self, weights: np.ndarray) -> None:
         """Finds the pairs with a weight ([B, J], 0: not evaluated) and gathers their conditioning, if they have changed."""
         needed = weights != 0.0

@@ -50,8 +50,11 @@ class Run:
         points = {point: overriding(options.hooks, point) for point in POINTS}
         if points["after_prediction"] and any(table.solver.history == "raw" for table in plan.tables):
             raise ValueError("hooks: a table compiled from a scheduler object does not know the predicted data (P4)")
+        calls = ModelCalls(net, conditioning, start.structure, options.micro_batch, source)
+        time = to(plan.time, torch.float32)
+        calls.prepare(time, leaves)
         return cls(
-            calls=ModelCalls(net, conditioning, start.structure, options.micro_batch, source),
+            calls=calls,
             carry=Carry(leaves, plan, start.seed, rows),
             options=options,
             steps=[
@@ -59,7 +62,7 @@ class Run:
                 for leaf, u, m in zip(leaves, aux, metas, strict=True)
             ],
             adjusted=AdjustedStep(coef, to(plan.edited, dtype), to(plan.factor, dtype), metas, aux, source),
-            time=to(plan.time, torch.float32),
+            time=time,
             flags=torch.zeros(plan.ticks, dtype=torch.float32, device=device),
             points=points,
         )

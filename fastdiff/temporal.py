@@ -51,10 +51,14 @@ class TemporalTable:
     def prepare(self, *inputs: Tensor) -> None:
         """Computes the rows for these inputs, `[R]` timesteps and conditioning of R rows, before they are asked for.
 
-        Does nothing in exact mode: there rows belong to the batch that asks for them.
+        Does nothing in exact mode, where rows belong to the batch that asks for them, nor when the rows would not fit.
         """
-        if not self._exact:
-            self._add(self._keys(inputs), inputs)
+        keys = self._keys(inputs)
+        if self._exact or not keys:
+            return
+        first = self._add(keys[:1], tuple(tensor[:1] for tensor in inputs))[0]
+        if len(set(keys)) * first.nbytes <= self._max_bytes:
+            self._add(keys, inputs)
 
     def _keys(self, inputs: tuple[Tensor, ...]) -> list[Hashable]:
         keys = list(zip(*map(_row_keys, inputs), strict=True))

@@ -20,7 +20,7 @@ SOURCES = [*PACKAGE, *sorted((ROOT / "kernels/src").glob("*.py")), *sorted((ROOT
 # a layer may import itself and the layers named here, besides `fastdiff` itself
 _OPS = {"kernels"}
 _MIDDLE = _OPS | {"ops"}
-_LOOP = _MIDDLE | {"guidance", "graph", "cache", "temporal", "quant", "models", "process", "solvers"}
+_LOOP = _MIDDLE | {"guidance", "graph", "cache", "temporal", "program", "quant", "models", "process", "solvers"}
 LAYERS = {
     "kernels": set(),
     "ops": _OPS,
@@ -30,8 +30,9 @@ LAYERS = {
     "graph": _MIDDLE,
     "cache": _MIDDLE,
     "temporal": _MIDDLE,
+    "program": _MIDDLE,
     "quant": _MIDDLE | {"temporal"},
-    "models": _MIDDLE | {"process", "temporal"},
+    "models": _MIDDLE | {"process", "temporal", "program"},
     "sampler": _LOOP,
 }
 # files of the top level that are parts of the sampler

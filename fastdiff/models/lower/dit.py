@@ -47,7 +47,9 @@ class LoweredDiT:
         self._final = packer.linear("proj_out_2", module.proj_out_2, spare=_LAST)
         self._final_eps = module.norm_out.eps
         self.temporal = TemporalTable(self._modulations, exact=exact_time)
-        packer.record.add("transformer_blocks.*.norm1.linear, proj_out_1", "temporal table", "depends on t and label only")
+        packer.record.add(
+            "transformer_blocks.*.norm1.linear, proj_out_1", "temporal table", "depends on t and label only"
+        )
 
     def read(self, hidden_states=None, timestep=None, class_labels=None, *args, **kwargs) -> Call:
         """diffusers' forward(hidden_states, timestep, class_labels, ...) or the bundled forward(x, t, class_labels)."""
@@ -63,7 +65,11 @@ class LoweredDiT:
     def _wrap(self, return_dict: bool):
         if not _is_diffusers(self._module):
             return lambda out: out
-        return (lambda out: output_class(self._module, "Transformer2DModelOutput")(sample=out)) if return_dict else lambda out: (out,)
+        return (
+            (lambda out: output_class(self._module, "Transformer2DModelOutput")(sample=out))
+            if return_dict
+            else lambda out: (out,)
+        )
 
     def prepare(self, call: Call) -> None:
         batch = call.sample.shape[0]
@@ -98,7 +104,9 @@ class LoweredDiT:
     def _embed(self, sample: Tensor) -> Tensor:
         p = self._module.pos_embed.proj.kernel_size[0]
         B, _, H, W = sample.shape
-        patches = sample.unflatten(3, (W // p, p)).unflatten(2, (H // p, p)).permute(0, 2, 4, 1, 3, 5)  # [B, h, w, C, p, p]
+        patches = (
+            sample.unflatten(3, (W // p, p)).unflatten(2, (H // p, p)).permute(0, 2, 4, 1, 3, 5)
+        )  # [B, h, w, C, p, p]
         tokens = ops.copy(patches, self._mode.stream).flatten(3).flatten(1, 2)
         return self._patch(tokens, residual=self._positions[:B], out_dtype=torch.float32)
 

@@ -1,6 +1,6 @@
 """Layers with packed weights: what a lowered model is made of."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,9 +78,7 @@ class PackedConv:
         out = out_dtype or self.stream
         if self.scale is None:
             return ops.conv2d(x, second, self.weight, *shape, *rest, out)
-        return ops.conv2d_w8a8(
-            x, None, second, None, self.weight, self.scale, self.sums, *shape, *rest, None, out
-        )
+        return ops.conv2d_w8a8(x, None, second, None, self.weight, self.scale, self.sums, *shape, *rest, None, out)
 
 
 class Packer:
@@ -88,15 +86,22 @@ class Packer:
 
     spared         layers to keep in floating point, from name to reason
     keep_original  False: gives up the weights of each layer as soon as it is packed
+    dry            only look whether every layer can be packed
     """
 
     def __init__(
-        self, mode: Mode, record: Record, spared: dict[str, str] | None = None, keep_original: bool = True
+        self,
+        mode: Mode,
+        record: Record,
+        spared: dict[str, str] | None = None,
+        keep_original: bool = True,
+        dry: bool = False,
     ) -> None:
         self.mode = mode
         self.record = record
         self._spared = spared or {}
-        self._keep_original = keep_original
+        self._keep_original = keep_original or dry
+        self._dry = dry
 
     def linear(self, name: str, *linears: nn.Linear, pairs: bool = False, spare: str = "") -> PackedLinear:
         """Linear layers that share an input, next to each other.
@@ -106,7 +111,7 @@ class Packer:
         """
         for layer in linears:
             _check_plain(name, layer, nn.Linear)
-        weight = torch.cat([layer.weight.detach().float() for layer in linears])
+        weight = torch.cat([layer.weight.detach().to("meta" if self._dry else "cpu").float() for layer in linears])
         bias = _joined_bias(linears)
         if pairs:
             half = weight.shape[0] // 2
@@ -132,7 +137,7 @@ class Packer:
         padding   left, right, top, bottom, where it differs from the layer's own
         """
         _check_plain(name, conv, nn.Conv2d)
-        flat = conv.weight.detach().float().flatten(1)
+        flat = conv.weight.detach().to("meta" if self._dry else "cpu").float().flatten(1)
         form = self._format(name, spare)
         shape, segments = conv.weight.shape, channels or (conv.in_channels,)
         arrange = lambda values: pack_conv(values.view(values.shape[0], *shape[1:]), segments)
@@ -151,8 +156,11 @@ class Packer:
             return self.mode.stream
         return self.mode.weights
 
-    @staticmethod
-    def _pack(weight: Tensor, arrange, form: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _pack(
+        self, weight: Tensor, arrange: Callable[[Tensor], Tensor], form: torch.dtype
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if self._dry:
+            return weight[:0].to(form), None, None
         if form != torch.int8:
             return arrange(weight.to(form)), None, None
         codes, scale = quantize_weight(weight)

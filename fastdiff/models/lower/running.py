@@ -26,9 +26,18 @@ class Running:
     settings only.
     """
 
-    def __init__(self, module: nn.Module, mode: Mode, spared: dict[str, str], exact_time: bool, keep_original: bool) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        mode: Mode,
+        spared: dict[str, str],
+        exact_time: bool,
+        keep_original: bool,
+        strict: bool = False,
+    ) -> None:
         self.module = module
-        self.settings = (mode, spared, exact_time, keep_original)
+        self.settings = (mode, spared, exact_time, keep_original, strict)
+        self.name, self.set_up_s = "", 0.0
         self.calls: Counter[str] = Counter()
         self._lowered: Lowered | None = None
         self._versions = -1
@@ -41,43 +50,75 @@ class Running:
         self._arena = Arena()
 
     def __getstate__(self) -> dict:
-        if not self.settings[3]:
+        if not self.keeps_original:
             raise RuntimeError("accelerate: a module whose original weights were given up cannot be copied or pickled")
-        return {"module": self.module, "settings": self.settings}
+        return {"module": self.module, "settings": self.settings, "name": self.name}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(state["module"], *state["settings"])
+        self.name = state["name"]
+
+    @property
+    def keeps_original(self) -> bool:
+        return self.settings[3]
+
+    @property
+    def record(self) -> Record:
+        return self.lowered.record
+
+    def install(self) -> None:
+        """Puts our forward in place of the module's own."""
+        self.module.__dict__["forward"] = self.forward
+        self.module.__dict__["prepare_schedule"] = self.prepare_schedule
+
+    def remove(self) -> None:
+        """Gives the module its own forward back."""
+        for name in ("forward", "prepare_schedule"):
+            self.module.__dict__.pop(name, None)
 
     @property
     def lowered(self) -> Lowered:
         """The packed model, up to date with the module's parameters."""
-        if self._lowered is None or self.settings[3] and self._versions != _versions(self.module):
+        if self._lowered is None or self.keeps_original and self._versions != _versions(self.module):
             self._lower()
             self._versions = _versions(self.module)
         return self._lowered
 
     def _lower(self) -> None:
-        mode, spared, exact_time, keep_original = self.settings
+        mode, spared, exact_time, keep_original, _ = self.settings
         self._forget()
+        lower = FAMILIES[type(self.module).__name__]
         with torch.no_grad():
-            packer = Packer(mode, Record(), spared, keep_original)
-            self._lowered = FAMILIES[type(self.module).__name__](self.module, packer, exact_time)
+            if not keep_original:  # nothing may fail once the first weight is gone
+                lower(self.module, Packer(mode, Record(), spared, dry=True), exact_time)
+            self._lowered = lower(self.module, Packer(mode, Record(), spared, keep_original), exact_time)
 
     def forward(self, *args, **kwargs):
         """The module's forward, on fused kernels where they serve the call, else its own."""
         with self._lock:
             reason, call = self._read(args, kwargs)
             if call is None:
+                if self.settings[4]:
+                    raise RuntimeError(f"accelerate: strict, but this call is not served by the kernels: {reason}")
                 self.calls[reason] += 1
                 return type(self.module).forward(self.module, *args, **kwargs)
             self.calls["fused"] += 1
             with torch.no_grad():
                 return call.wrap(self._run(call))
 
-    def prepare(self, *temporal: Tensor) -> None:
-        """Fills the temporal table for a whole schedule: timesteps `[R]`, and conditioning of R rows beside them."""
+    def prepare_schedule(self, sample: Tensor, times: Tensor, **conditioning) -> None:
+        """Fills the temporal table before a loop: times `[steps, B]` and the loop's conditioning, of B rows.
+
+        Does nothing where the table belongs to the batches that ask (`exact_time`) or would not hold all rows.
+        """
         with self._lock, torch.no_grad():
-            self.lowered.temporal.prepare(*temporal)
+            try:
+                calls = [self.lowered.read(sample, t, **conditioning) for t in times]
+            except UnsupportedError:
+                return
+            self.lowered.temporal.prepare(
+                *(torch.cat(parts) for parts in zip(*(c.temporal for c in calls), strict=True))
+            )
 
     def _read(self, args: tuple, kwargs: dict) -> tuple[str, Call | None]:
         if torch.compiler.is_compiling():

@@ -1,0 +1,102 @@
+"""Recorded programs and the arena: the same numbers as eager calls, on memory that is used again."""
+
+import threading
+
+import pytest
+import torch
+
+from fastdiff.ops import gram, native
+from fastdiff.ops.memory import Arena, empty, use_arena
+from fastdiff.program import NotCapturableError, Program
+
+pytestmark = pytest.mark.skipif(native.cpu() is None, reason=f"no native code: {native.cpu_missing()}")
+
+
+def _norms(x):
+    return gram([gram([x])[:, 0]])
+
+
+def test_program_repeats_with_new_inputs():
+    x, y = torch.randn(2, 3, 4, 50, 50).unbind()
+    program = Program(_norms, (x,))
+    assert len(program) == 2
+    for values in (x, y, x.transpose(2, 3)):
+        torch.testing.assert_close(program(values), _norms(values), rtol=0, atol=0)
+
+
+def test_results_are_fresh_memory():
+    x = torch.randn(3, 40)
+    program = Program(_norms, (x,))
+    first = program(x)
+    kept = first.clone()
+    program(x + 1)
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize(
+    "work", (lambda x: gram([x * 2]), lambda x: gram([x]).sum(), lambda x: gram([x.to(torch.float64)]))
+)
+def test_torch_computations_are_refused(work):
+    with pytest.raises(NotCapturableError, match="torch computed"):
+        Program(work, (torch.randn(2, 5),))
+    # and recording has ended: other calls on this thread are not added anywhere
+    assert len(Program(lambda x: gram([x]), (torch.randn(2, 5),))) == 1
+
+
+def test_other_shapes_are_refused():
+    program = Program(lambda x: gram([x]), (torch.randn(2, 5),))
+    with pytest.raises(ValueError, match=r"shape \(2, 5\), got \(2, 6\)"):
+        program(torch.randn(2, 6))
+
+
+def test_threads_take_turns():
+    inputs = [torch.randn(4, 5000, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    program = Program(_norms, (inputs[0],))
+    expected, got = [_norms(x) for x in inputs], [None] * 8
+
+    def work(i):
+        for _ in range(20):
+            got[i] = program(inputs[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_only_the_recording_thread_is_recorded():
+    x = torch.randn(2, 5)
+
+    def work(x):
+        other = threading.Thread(target=gram, args=([torch.randn(3, 4)],))
+        other.start()
+        other.join()
+        return gram([x])
+
+    assert len(Program(work, (x,))) == 1
+
+
+def test_arena_uses_memory_again_only_when_nobody_holds_it():
+    arena = Arena()
+    a = arena.empty((100,), torch.float32)
+    view = a[10:20].view(2, 5)
+    del a
+    b = arena.empty((100,), torch.float32)
+    assert b.untyped_storage().data_ptr() != view.untyped_storage().data_ptr()
+    address, held = view.untyped_storage().data_ptr(), arena.nbytes
+    del view
+    c = arena.empty((7, 11), torch.float32)
+    assert c.data_ptr() == address and arena.nbytes == held
+    assert b.data_ptr() % 64 == c.data_ptr() % 64 == 0
+    assert arena.empty((0, 3), torch.bfloat16).shape == (0, 3)
+
+
+def test_arena_serves_ops_inside_the_block_only():
+    arena = Arena()
+    with use_arena(arena):
+        inside = empty((1000,), torch.float32)
+    held = arena.nbytes
+    empty((5000,), torch.float32)
+    assert inside.shape == (1000,) and held == arena.nbytes >= 4000
