@@ -67,10 +67,10 @@ def test_threads_take_turns():
 
 
 def test_only_the_recording_thread_is_recorded():
-    x = torch.randn(2, 5)
+    x, y = torch.randn(2, 5), torch.randn(3, 4)
 
     def work(x):
-        other = threading.Thread(target=gram, args=([torch.randn(3, 4)],))
+        other = threading.Thread(target=gram, args=([y],))
         other.start()
         other.join()
         return gram([x])
