@@ -190,6 +190,6 @@ def test_T42_adaround_learns_correlated_inputs():
     before = w.grad
     learn([learned], lambda rows: (x[rows] @ learned.soft().T - target[rows]).square().sum(1).mean(), 256, settings)
     loss = lambda q: float((x @ q.dequantize().T - target).square().sum(1).mean())
-    assert loss(learned.codes()) < 0.6 * loss(learned.codes(nearest=True)) and before is w.grad
+    assert loss(learned.codes()) < 0.8 * loss(learned.codes(nearest=True)) and before is w.grad
     decided = (learned.up() - 0.5).abs() > 0.45
     assert float(decided.float().mean()) > 0.9
