@@ -1,4 +1,4 @@
-// exp, erf and the activations made of them, on vectors. Additions, multiplications, divisions and minima in a fixed
+// 2^x, erf and the activations made of them, on vectors. Additions, multiplications, divisions and minima in a fixed
 // order and never contracted: equal bits at every level. NaN stays NaN.
 #pragma once
 #include "cpu/simd.h"
@@ -12,18 +12,17 @@ FASTDIFF_ALWAYS F32 splat(float value) { return F32{} + value; }
 FASTDIFF_ALWAYS F32 at_least(float low, F32 x) { return (F32)FASTDIFF_MM(max_ps)((NativeF)splat(low), (NativeF)x); }
 FASTDIFF_ALWAYS F32 at_most(float high, F32 x) { return (F32)FASTDIFF_MM(min_ps)((NativeF)splat(high), (NativeF)x); }
 
-// Relative error below 1.5e-7; 0 below -87.3, infinity above 88.72.
-FASTDIFF_ALWAYS F32 exponential(F32 x) {
-  x = at_most(89.0f, at_least(-87.3f, x));
+// 2^x. Relative error below 2e-7; 0 below -125.5, infinity from 128 on.
+FASTDIFF_ALWAYS F32 power_of_two(F32 x) {
+  x = at_most(128.0f, at_least(-126.0f, x));
   // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, 126 more as an exponent
-  const F32 shifted = x * 1.44269504f + 12583038.0f, n = shifted - 12583038.0f;
-  const F32 r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // in [-0.347, 0.347]
-  F32 p = r * 0.0013814596f + 0.0083687175f;
-  p = p * r + 0.04166839f;
-  p = p * r + 0.16666521f;
-  p = p * r + 0.49999994f;
-  p = p * (r * r) + r + 1.0f;
-  return (p + p) * (F32)((U32)shifted << 23);
+  const F32 shifted = x + 12583038.0f, r = x - (shifted - 12583038.0f);
+  F32 p = r * 0.00265293987f + 0.019343067f;
+  p = p * r + 0.111014679f;
+  p = p * r + 0.480444849f;
+  p = p * r + 1.38629401f;
+  p = p * r + 2.0f;
+  return p * (F32)((U32)shifted << 23);
 }
 
 // Relative error below 4.2e-7, exactly 1 and -1 from 3.92 on.
@@ -44,14 +43,14 @@ FASTDIFF_ALWAYS F32 error_function(F32 x) {
 }
 
 // x * sigmoid(x)
-FASTDIFF_ALWAYS F32 silu(F32 x) { return x / (1.0f + exponential(-x)); }
+FASTDIFF_ALWAYS F32 silu(F32 x) { return x / (1.0f + power_of_two(x * -1.44269504f)); }
 
 FASTDIFF_ALWAYS F32 gelu(F32 x) { return 0.5f * x * (1.0f + error_function(x * 0.70710678f)); }
 
-// 0.5 * x * (1 + tanh(y)) is x * sigmoid(2 * y), y = sqrt(2 / pi) * (x + 0.044715 * x^3)
+// 0.5 * x * (1 + tanh(u)) is x / (1 + exp(-2 * u)), u = sqrt(2 / pi) * (x + 0.044715 * x^3)
 FASTDIFF_ALWAYS F32 gelu_tanh(F32 x) {
-  const F32 y = x * (x * x * 0.071354816f + 1.5957691f);
-  return x / (1.0f + exponential(-y));
+  const F32 y = x * (x * x * -0.10294324f + -2.3022082f);
+  return x / (1.0f + power_of_two(y));
 }
 
 }  // namespace FASTDIFF_ISA
