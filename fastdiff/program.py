@@ -81,6 +81,11 @@ class Program:
         """Repeats the kernels on the inputs that were loaded last."""
         self._native.run()
 
+    def profile(self) -> list[tuple[str, float]]:
+        """Runs on the inputs that were loaded last; the op and the microseconds of each kernel call, in order."""
+        with self._lock:
+            return self._native.profile()
+
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """The function's result for these inputs, in fresh memory."""
         with self._lock:

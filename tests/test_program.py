@@ -24,6 +24,12 @@ def test_program_repeats_with_new_inputs():
         torch.testing.assert_close(program(values), _norms(values), rtol=0, atol=0)
 
 
+def test_profile_names_every_call():
+    program = Program(_norms, (torch.randn(3, 40),))
+    profile = program.profile()
+    assert [name for name, _ in profile] == ["gram", "gram"] and all(0 < us < 1e6 for _, us in profile)
+
+
 def test_results_are_fresh_memory():
     x = torch.randn(3, 40)
     program = Program(_norms, (x,))

@@ -15,8 +15,16 @@ class Program {
     return program;
   }
 
-  void add(int64_t cost, std::function<void()> task) { tasks_.push_back({cost, std::move(task)}); }
+  // `file` is the binding's source: what a profile calls the task.
+  void add(int64_t cost, const char* file, std::function<void()> work) { tasks_.push_back({cost, file, std::move(work)}); }
   size_t size() const { return tasks_.size(); }
+
+  struct Task {
+    int64_t cost;
+    const char* file;
+    std::function<void()> work;
+  };
+  const std::vector<Task>& tasks() const { return tasks_; }
 
   // Runs tasks from `first` on until they cost more than `limit`; returns the first one that was not run.
   size_t run(size_t first, int64_t limit) const {
@@ -28,10 +36,6 @@ class Program {
   }
 
  private:
-  struct Task {
-    int64_t cost;
-    std::function<void()> work;
-  };
   std::vector<Task> tasks_;
 };
 

@@ -31,8 +31,8 @@ void run_released(int64_t elements, F&& work) {
 // Runs `work` now and, while a program is being recorded on this thread, again each time that program runs. `work` holds
 // addresses by value. `elements` is its cost: elements touched, or multiplications / 64.
 template <class F>
-void submit(int64_t elements, F work) {
-  if (Program* program = Program::recording()) program->add(elements, work);
+void submit(int64_t elements, F work, const char* file = __builtin_FILE()) {
+  if (Program* program = Program::recording()) program->add(elements, file, work);
   run_released(elements, work);
 }
 
