@@ -10,8 +10,10 @@
 
 namespace fastdiff {
 
-enum Type : int { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3 };
+enum Type : int { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3, kInt8 = 4 };
 
-FASTDIFF_ANYWHERE constexpr int64_t size_of(int type) { return type == kFloat64 ? 8 : type == kFloat32 ? 4 : 2; }
+FASTDIFF_ANYWHERE constexpr int64_t size_of(int type) {
+  return type == kFloat64 ? 8 : type == kFloat32 ? 4 : type == kInt8 ? 1 : 2;
+}
 
 }  // namespace fastdiff

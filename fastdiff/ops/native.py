@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 
 # the element types as numbers: csrc/common/types.h has the same table
-TYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+TYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.int8: 4}
 
 
 @functools.cache
