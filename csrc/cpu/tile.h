@@ -1,0 +1,266 @@
+// A register tile of a matrix product, for every kernel that multiplies matrices: R rows times P panels of 16 columns.
+//
+// The right operand lies in panels (fastdiff/ops/packing.py): a panel is a run of 64-byte steps, a step holds 16 columns
+// times 4 bytes of consecutive k. The left operand is rows of bytes with the same 4 bytes per step:
+//   Codes     4 int8 codes a step; stored as code + kCodeOffset, which is 128 where the hardware wants them unsigned
+//   Brains    2 bfloat16 a step
+//   Floats    1 float32 a step
+// All accumulate in the order of k, so a number depends on its row, its column and the level only.
+//
+//   Sums<Codes, R, 2> sum;                                     // in registers while every index is a constant
+//   start<Codes, R, 2>(sum, first);                            // first [2 * 16] int32: -kCodeOffset * weight_sum; or zeros
+//   accumulate<Codes>(sum, Rows{base, stride}, steps, panel, panel_stride);   // again for every further run of k
+//   accumulate<Codes>(sum, RowPointers{pointers, offset}, ...);  // rows anywhere: the taps of a convolution
+//   finish<Codes>(sum, out, ld);                               // as float32, to epilogue_tile.h
+//
+// multiply<Kind>(rows, count, ...) is all four for 1 to kRows<Kind> strided rows and 1 or 2 panels.
+#pragma once
+#include "cpu/activation.h"  // multiply_add
+
+namespace fastdiff {
+namespace FASTDIFF_ISA {
+
+#define FASTDIFF_UNROLL_ALL _Pragma("GCC unroll 16")
+
+constexpr int kPanel = 16;           // columns of a panel
+constexpr int kStep = 64;            // bytes of a panel per step
+constexpr int kParts = 64 / kBytes;  // vectors of a panel per step
+
+#if defined(__AVX512F__)
+constexpr int kCodeOffset = 128, kTilePanels = 2;
+#else
+constexpr int kCodeOffset = 0, kTilePanels = 1;
+#endif
+
+// A kind says how 4 bytes of a row (Left, broadcast) meet 4 bytes of each column (Right) in a Sum.
+// kRows: as many rows as the registers hold
+
+struct Floats {
+  using Sum = F32;
+  using Left = F32;
+  using Right = F32;
+  static constexpr int kRows = kBytes == 64 ? 14 : kBytes == 32 ? 6 : 2;
+  FASTDIFF_ALWAYS Left left(int32_t bits) { return (F32)(I32{} + bits); }
+  FASTDIFF_ALWAYS Right right(const char* from) { return load<F32>(from); }
+  FASTDIFF_ALWAYS Sum add(Sum sum, Left a, Right b) { return multiply_add(a, b, sum); }
+  FASTDIFF_ALWAYS F32 to_float(Sum sum) { return sum; }
+};
+
+#if defined(__AVX512BF16__)
+struct Brains {
+  using Sum = F32;
+  using Left = I32;
+  using Right = I32;
+  static constexpr int kRows = 14;
+  FASTDIFF_ALWAYS Left left(int32_t bits) { return I32{} + bits; }
+  FASTDIFF_ALWAYS Right right(const char* from) { return load<I32>(from); }
+  FASTDIFF_ALWAYS Sum add(Sum sum, Left a, Right b) {
+    return (F32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+  FASTDIFF_ALWAYS F32 to_float(Sum sum) { return sum; }
+};
+#else
+struct Brains {
+  struct Pair {
+    F32 even, odd;
+  };
+  using Sum = F32;
+  using Left = Pair;
+  using Right = Pair;
+  static constexpr int kRows = kBytes == 32 ? 4 : 2;
+  FASTDIFF_ALWAYS Pair split(U32 bits) { return {(F32)(bits << 16), (F32)(bits & 0xffff0000u)}; }
+  FASTDIFF_ALWAYS Left left(int32_t bits) { return split(U32{} + uint32_t(bits)); }
+  FASTDIFF_ALWAYS Right right(const char* from) { return split(load<U32>(from)); }
+  FASTDIFF_ALWAYS Sum add(Sum sum, Left a, Right b) {
+    return multiply_add(a.odd, b.odd, multiply_add(a.even, b.even, sum));
+  }
+  FASTDIFF_ALWAYS F32 to_float(Sum sum) { return sum; }
+};
+#endif
+
+#if defined(__AVX512VNNI__)
+struct Codes {
+  using Sum = I32;
+  using Left = I32;
+  using Right = I32;
+  static constexpr int kRows = 14;
+  FASTDIFF_ALWAYS Left left(int32_t bits) { return I32{} + bits; }
+  FASTDIFF_ALWAYS Right right(const char* from) { return load<I32>(from); }
+  FASTDIFF_ALWAYS Sum add(Sum sum, Left a, Right b) {
+    return (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+  }
+  FASTDIFF_ALWAYS F32 to_float(Sum sum) { return __builtin_convertvector(sum, F32); }
+};
+#elif defined(__AVX2__)
+struct Codes {
+  struct Signed {
+    I32 code, magnitude;
+  };
+  using Sum = I32;
+  using Left = Signed;
+  using Right = I32;
+  static constexpr int kRows = 5;
+  FASTDIFF_ALWAYS Left left(int32_t bits) {
+    const I32 code = I32{} + bits;
+    return {code, (I32)_mm256_abs_epi8((__m256i)code)};
+  }
+  FASTDIFF_ALWAYS Right right(const char* from) { return load<I32>(from); }
+  // exact: codes lie in [-127, 127], so two products fit in 16 bits
+  FASTDIFF_ALWAYS Sum add(Sum sum, Left a, Right b) {
+    const __m256i products = _mm256_maddubs_epi16((__m256i)a.magnitude, _mm256_sign_epi8((__m256i)b, (__m256i)a.code));
+    return sum + (I32)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
+  }
+  FASTDIFF_ALWAYS F32 to_float(Sum sum) { return __builtin_convertvector(sum, F32); }
+};
+#else
+struct Codes {
+  struct Halves {
+    __m128i even, odd;  // bytes 0 and 2, bytes 1 and 3, as int16
+  };
+  using Sum = I32;
+  using Left = Halves;
+  using Right = Halves;
+  static constexpr int kRows = 2;
+  FASTDIFF_ALWAYS Halves split(I32 bytes) {
+    return {_mm_srai_epi16(_mm_slli_epi16((__m128i)bytes, 8), 8), _mm_srai_epi16((__m128i)bytes, 8)};
+  }
+  FASTDIFF_ALWAYS Left left(int32_t bits) { return split(I32{} + bits); }
+  FASTDIFF_ALWAYS Right right(const char* from) { return split(load<I32>(from)); }
+  FASTDIFF_ALWAYS Sum add(Sum sum, Left a, Right b) {
+    return sum + (I32)_mm_madd_epi16(a.even, b.even) + (I32)_mm_madd_epi16(a.odd, b.odd);
+  }
+  FASTDIFF_ALWAYS F32 to_float(Sum sum) { return __builtin_convertvector(sum, F32); }
+};
+#endif
+
+template <class Kind, int R, int P>
+using Sums = typename Kind::Sum[R][P * kParts];
+
+// Row i begins at base + i * stride bytes.
+struct Rows {
+  const char* base;
+  int64_t stride;
+};
+
+// Row i begins at row[i] + offset.
+struct RowPointers {
+  const char* const* row;
+  int64_t offset;
+};
+
+// Three pointers and a stride reach 14 rows by addressing modes; the compiler left alone keeps 14 pointers and spills.
+struct RowsCursor {
+  const char *p0, *p5, *p10;
+  int64_t stride, stride3;
+  FASTDIFF_ALWAYS RowsCursor at(const Rows& rows) {
+    return {rows.base, rows.base + 5 * rows.stride, rows.base + 10 * rows.stride, rows.stride, 3 * rows.stride};
+  }
+  __attribute__((always_inline)) void hide(int rows) {
+    asm("" : "+r"(p0));
+    if (rows > 5) asm("" : "+r"(p5));
+    if (rows > 10) asm("" : "+r"(p10));
+  }
+  __attribute__((always_inline)) int32_t get(int i) const {
+    const char* p = i < 5 ? p0 : i < 10 ? p5 : p10;
+    const int k = i % 5;
+    int32_t bits;
+    memcpy(&bits, k == 0 ? p : k == 1 ? p + stride : k == 2 ? p + 2 * stride : k == 3 ? p + stride3 : p + 4 * stride, 4);
+    return bits;
+  }
+  __attribute__((always_inline)) void advance() {
+    p0 += 4;
+    p5 += 4;
+    p10 += 4;
+  }
+};
+
+struct PointersCursor {
+  const char* const* row;
+  int64_t offset;
+  FASTDIFF_ALWAYS PointersCursor at(const RowPointers& rows) { return {rows.row, rows.offset}; }
+  __attribute__((always_inline)) void hide(int) { asm("" : "+r"(offset)); }
+  __attribute__((always_inline)) int32_t get(int i) const {
+    int32_t bits;
+    memcpy(&bits, row[i] + offset, 4);
+    return bits;
+  }
+  __attribute__((always_inline)) void advance() { offset += 4; }
+};
+
+FASTDIFF_ALWAYS RowsCursor cursor(const Rows& rows) { return RowsCursor::at(rows); }
+FASTDIFF_ALWAYS PointersCursor cursor(const RowPointers& rows) { return PointersCursor::at(rows); }
+
+// Every row begins with `first`, 16 numbers a panel.
+template <class Kind, int R, int P>
+FASTDIFF_ALWAYS void start(typename Kind::Sum (&sum)[R][P * kParts], const int32_t* first) {
+  FASTDIFF_UNROLL_ALL
+  for (int j = 0; j < P * kParts; ++j) {
+    const typename Kind::Sum value = load<typename Kind::Sum>(first + j * kFloats);
+    FASTDIFF_UNROLL_ALL
+    for (int i = 0; i < R; ++i) sum[i][j] = value;
+  }
+}
+
+// sum += rows * panels over `steps` steps; panel_stride: bytes from one panel to the next
+template <class Kind, class Left, int R, int Vectors>
+FASTDIFF_ALWAYS void accumulate(typename Kind::Sum (&sum)[R][Vectors], const Left& rows, int64_t steps, const char* panel,
+                                int64_t panel_stride) {
+  auto from = cursor(rows);
+  for (int64_t s = 0; s < steps; ++s) {
+    from.hide(R);
+    typename Kind::Right right[Vectors];
+    FASTDIFF_UNROLL_ALL
+    for (int j = 0; j < Vectors; ++j) right[j] = Kind::right(panel + j / kParts * panel_stride + j % kParts * kBytes);
+    FASTDIFF_UNROLL_ALL
+    for (int i = 0; i < R; ++i) {
+      const typename Kind::Left left = Kind::left(from.get(i));
+      FASTDIFF_UNROLL_ALL
+      for (int j = 0; j < Vectors; ++j) sum[i][j] = Kind::add(sum[i][j], left, right[j]);
+    }
+    from.advance();
+    panel += kStep;
+  }
+}
+
+// out[i][16 * panel + column] = float(sum), ld floats from row to row
+template <class Kind, int R, int Vectors>
+FASTDIFF_ALWAYS void finish(const typename Kind::Sum (&sum)[R][Vectors], float* out, int64_t ld) {
+  FASTDIFF_UNROLL_ALL
+  for (int i = 0; i < R; ++i) {
+    FASTDIFF_UNROLL_ALL
+    for (int j = 0; j < Vectors; ++j) store(out + i * ld + j * kFloats, Kind::to_float(sum[i][j]));
+  }
+}
+
+template <class Kind, int R, int P>
+static __attribute__((noinline)) void multiply_rows(const Rows& rows, int64_t steps, const char* panel,
+                                                    int64_t panel_stride, const int32_t* first, float* out, int64_t ld) {
+  Sums<Kind, R, P> sum;
+  start<Kind, R, P>(sum, first);
+  accumulate<Kind>(sum, rows, steps, panel, panel_stride);
+  finish<Kind>(sum, out, ld);
+}
+
+template <class Kind, int P, int R = Kind::kRows>
+FASTDIFF_ALWAYS void multiply_up_to(int count, const Rows& rows, int64_t steps, const char* panel, int64_t panel_stride,
+                                    const int32_t* first, float* out, int64_t ld) {
+  if constexpr (R > 1) {
+    if (count < R) return multiply_up_to<Kind, P, R - 1>(count, rows, steps, panel, panel_stride, first, out, ld);
+  }
+  multiply_rows<Kind, R, P>(rows, steps, panel, panel_stride, first, out, ld);
+}
+
+// out [count, 16 * panels] = rows * panels, for count in 1..kRows and 1 or 2 panels
+template <class Kind>
+static void multiply(int count, int panels, const Rows& rows, int64_t steps, const char* panel, int64_t panel_stride,
+                     const int32_t* first, float* out, int64_t ld) {
+  if constexpr (kTilePanels == 2) {
+    if (panels == 2) return multiply_up_to<Kind, 2>(count, rows, steps, panel, panel_stride, first, out, ld);
+  }
+  for (int p = 0; p < panels; ++p)
+    multiply_up_to<Kind, 1>(count, rows, steps, panel + p * panel_stride, panel_stride, first + p * kPanel,
+                            out + p * kPanel, ld);
+}
+
+}  // namespace FASTDIFF_ISA
+}  // namespace fastdiff
