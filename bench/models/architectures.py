@@ -1,0 +1,74 @@
+"""The networks that are timed: diffusers' classes at published sizes with seeded random weights, and the bundled ones."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+SEED = 0
+
+
+def seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    """Builds with fixed random weights, whatever the state of the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return build().eval().requires_grad_(False)
+
+
+def dit(heads: int, head_dim: int, layers: int, size: int, classes: int) -> nn.Module:
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel(
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        in_channels=4,
+        out_channels=8,
+        num_layers=layers,
+        attention_bias=True,
+        sample_size=size,
+        patch_size=2,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=classes,
+        norm_type="ada_norm_zero",
+        norm_elementwise_affine=False,
+    )
+
+
+def sd15() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=64,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(320, 640, 1280, 1280),
+        layers_per_block=2,
+        cross_attention_dim=768,
+        attention_head_dim=8,
+    )
+
+
+def ddpm() -> nn.Module:
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(128, 256, 256, 256),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+        norm_num_groups=32,
+    )
+
+
+def bundled(name: str) -> nn.Module:
+    from fastdiff.models.load import load_model
+
+    return load_model(f"bundled:{name}").net

@@ -1,0 +1,22 @@
+"""`fastdiff.accelerate` on the same module."""
+
+import time
+
+import fastdiff
+from bench.models.loaded import Loaded, Unavailable
+from bench.models.sampling import our_loop
+from bench.models.workloads import Workload
+
+
+def load(workload: Workload, mode: str) -> Loaded:
+    """The user's module, accelerated in place; whole samplings run in `fastdiff.Sampler`."""
+    if not hasattr(fastdiff, "accelerate"):
+        raise Unavailable("this version of fastdiff has no accelerate")
+    module = workload.build()
+    start = time.perf_counter()
+    fastdiff.accelerate(module, mode=mode)
+    seconds = {"accelerate": time.perf_counter() - start}
+    if workload.images is not None:
+        return Loaded(our_loop(workload, module), seconds)
+    inputs = workload.inputs(0)
+    return Loaded(lambda: workload.call(module, *inputs), seconds)

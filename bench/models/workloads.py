@@ -1,0 +1,132 @@
+"""What is timed: denoisers, their inputs, and whole samplings."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from bench.models.architectures import bundled, ddpm, dit, sd15, seeded
+
+NULL_LABEL = 10  # of the bundled DiT
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One denoiser at one batch size.
+
+    build       () -> the module, float32, in evaluation mode
+    inputs      seed -> positional arguments of `call`
+    call        (module, *inputs) -> the prediction
+    layout      "channels" where channels_last helps torch's convolutions, "tokens" otherwise
+    ir          file stem of the exported graph
+    traced_from workload whose inputs it is traced and calibrated with, its spatial size left open; this one where None
+    calibration how many inputs the quantizer of a peer sees
+    images      rows of a whole sampling instead of one forward, or None
+    guidance    classifier-free guidance scale of that sampling; above 1 doubles the rows
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[int], tuple[torch.Tensor, ...]]
+    call: Callable[..., torch.Tensor]
+    layout: str
+    ir: str
+    traced_from: str | None = None
+    calibration: int = 4
+    images: int | None = None
+    guidance: float = 1.0
+
+
+def _latents(shape: tuple[int, ...], *more: Callable, steps: str = "int64") -> Callable[[int], tuple]:
+    """Inputs of a denoiser: noise, timesteps (the middle one for seed 0, else spread), and what `more` makes."""
+
+    def make(seed: int) -> tuple[torch.Tensor, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        t = torch.full((shape[0],), 500 if seed == 0 else (seed * 367) % 1000, dtype=getattr(torch, steps))
+        return torch.randn(shape, generator=generator), t, *(one(shape[0], generator) for one in more)
+
+    return make
+
+
+def _labels(classes: int) -> Callable:
+    return lambda batch, generator: torch.arange(batch) % classes
+
+
+def _text(batch: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(batch, 77, 768, generator=generator)
+
+
+def _call_dit(module, x, t, y):
+    return module(x, timestep=t, class_labels=y, return_dict=False)[0]
+
+
+def _call_unet(module, x, t, *text):
+    return module(x, t, *text, return_dict=False)[0]
+
+
+def _call_plain(module, *inputs):
+    return module(*inputs)
+
+
+def _make_dit(name: str, *sizes: int) -> Workload:
+    build = functools.partial(seeded, functools.partial(dit, *sizes))
+    size, classes = sizes[3:]
+    inputs = _latents((2, 4, size, size), _labels(classes))
+    return Workload(name, build, inputs, _call_dit, "tokens", f"{name}_b2")
+
+
+def _make_sd15(size: int) -> Workload:
+    build = functools.partial(seeded, sd15)
+    inputs = _latents((2, 4, size, size), _text)
+    return Workload(
+        f"sd15_{size}", build, inputs, _call_unet, "channels", "sd15_b2", traced_from="sd15_32", calibration=2
+    )
+
+
+def _make_ddpm(batch: int) -> Workload:
+    name = f"ddpm_cifar10_b{batch}"
+    return Workload(name, functools.partial(seeded, ddpm), _latents((batch, 3, 32, 32)), _call_unet, "channels", name)
+
+
+def _make_bundled(kind: str, batch: int, sampling: bool = False) -> Workload:
+    guided = sampling and kind == "dit"
+    rows = 2 * batch if guided else batch
+    more = [_labels(NULL_LABEL)] if kind == "dit" else []
+    return Workload(
+        f"bundled_{kind}_{'sampling_' if sampling else ''}b{batch}",
+        functools.partial(bundled, kind),
+        _latents((rows, 1, 32, 32), *more, steps="float32"),
+        _call_plain,
+        "tokens" if kind == "dit" else "channels",
+        f"bundled_{kind}_b{rows}",
+        calibration=20,
+        images=batch if sampling else None,
+        guidance=2.0 if guided else 1.0,
+    )
+
+
+_ALL = (
+    _make_dit("dit_tiny", 4, 64, 4, 16, 10),
+    _make_dit("dit_s2", 6, 64, 12, 32, 1000),
+    _make_dit("dit_b2", 12, 64, 12, 32, 1000),
+    _make_dit("dit_xl2", 16, 72, 28, 32, 1000),
+    _make_sd15(32),
+    _make_sd15(64),
+    *(_make_ddpm(batch) for batch in (1, 8)),
+    *(_make_bundled(kind, batch) for kind in ("dit", "unet") for batch in (1, 16)),
+    *(_make_bundled(kind, batch, sampling=True) for kind in ("dit", "unet") for batch in (1, 16)),
+)
+WORKLOADS = {workload.name: workload for workload in _ALL}
+
+
+def select(names: list[str]) -> list[Workload]:
+    """The workloads of these names; a name without its batch (`ddpm_cifar10`, `bundled_dit`) means all of them."""
+    chosen = []
+    for name in names:
+        found = [w for w in _ALL if w.name == name] or [w for w in _ALL if w.name.startswith(name + "_")]
+        if not found:
+            raise ValueError(f"bench.models: unknown model {name!r}; known are {', '.join(WORKLOADS)}")
+        chosen += [w for w in found if w not in chosen]
+    return chosen
