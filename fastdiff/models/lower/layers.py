@@ -8,7 +8,7 @@ from torch import nn
 
 from fastdiff import ops
 from fastdiff.models.lower.record import Mode, Record, UnsupportedError
-from fastdiff.ops.packing import interleave, pack, pack_conv
+from fastdiff.ops.packing import conv_weight_sums, interleave, pack, pack_conv
 
 Tensor = torch.Tensor
 _FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "w8a8"}
@@ -104,20 +104,22 @@ class Packer:
         self._dry = dry
 
     def linear(self, name: str, *linears: nn.Linear, pairs: bool = False, spare: str = "") -> PackedLinear:
-        """Linear layers that share an input, next to each other.
+        """Linear layers that share an input, next to each other. A convolution of 1 x 1 is one over pixels.
 
         pairs  the halves of the output are a value and its gate (GEGLU)
         spare  why the weights stay in floating point, in a mode that quantizes
         """
         for layer in linears:
-            _check_plain(name, layer, nn.Linear)
-        weight = torch.cat([layer.weight.detach().to("meta" if self._dry else "cpu").float() for layer in linears])
+            _check_plain(name, layer, nn.Conv2d if _is_pointwise(layer) else nn.Linear)
+        device = "meta" if self._dry else "cpu"
+        weight = torch.cat([layer.weight.detach().to(device).float().flatten(1) for layer in linears])
         bias = _joined_bias(linears)
         if pairs:
             half = weight.shape[0] // 2
             weight = interleave(weight[:half], weight[half:])
             bias = None if bias is None else interleave(bias[:half], bias[half:])
-        packed, scale, sums = self._pack(weight, pack, self._format(name, spare))
+        total = lambda codes: codes.sum(dim=1, dtype=torch.int32)
+        packed, scale, sums = self._pack(weight, pack, self._format(name, spare), total)
         self._note(name, packed, spare)
         self._give_up(*linears)
         return PackedLinear(packed, scale, sums, bias, weight.shape[0], self.mode.stream)
@@ -141,7 +143,8 @@ class Packer:
         form = self._format(name, spare)
         shape, segments = conv.weight.shape, channels or (conv.in_channels,)
         arrange = lambda values: pack_conv(values.view(values.shape[0], *shape[1:]), segments)
-        packed, scale, sums = self._pack(flat, arrange, form)
+        total = lambda codes: conv_weight_sums(codes.view(codes.shape[0], *shape[1:]), segments)
+        packed, scale, sums = self._pack(flat, arrange, form, total)
         self._note(name, packed, spare)
         if padding is None:
             padding = [conv.padding[1], conv.padding[1], conv.padding[0], conv.padding[0]]
@@ -157,14 +160,18 @@ class Packer:
         return self.mode.weights
 
     def _pack(
-        self, weight: Tensor, arrange: Callable[[Tensor], Tensor], form: torch.dtype
+        self,
+        weight: Tensor,
+        arrange: Callable[[Tensor], Tensor],
+        form: torch.dtype,
+        total: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self._dry:
             return weight[:0].to(form), None, None
         if form != torch.int8:
             return arrange(weight.to(form)), None, None
         codes, scale = quantize_weight(weight)
-        return arrange(codes), scale, codes.sum(dim=1, dtype=torch.int32)
+        return arrange(codes), scale, total(codes)
 
     def _give_up(self, *layers: nn.Module) -> None:
         if not self._keep_original:
@@ -174,6 +181,14 @@ class Packer:
     def _note(self, name: str, packed: Tensor, spare: str) -> None:
         reason = "" if packed.dtype == self.mode.weights else spare or self._spared.get(name, "")
         self.record.add(name, _FORMATS[packed.dtype], reason, packed.nbytes)
+
+
+def _is_pointwise(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution that sees one pixel at a time."""
+    if not isinstance(layer, nn.Conv2d):
+        return False
+    plain = layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0)
+    return plain and layer.groups == 1
 
 
 def _check_plain(name: str, layer: nn.Module, expected: type) -> None:
@@ -187,5 +202,5 @@ def _check_plain(name: str, layer: nn.Module, expected: type) -> None:
 def _joined_bias(linears: Sequence[nn.Linear]) -> Tensor | None:
     if all(layer.bias is None for layer in linears):
         return None
-    zeros = lambda layer: torch.zeros(layer.out_features)
+    zeros = lambda layer: torch.zeros(layer.weight.shape[0])
     return torch.cat([zeros(l) if l.bias is None else l.bias.detach().float() for l in linears])
