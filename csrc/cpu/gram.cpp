@@ -11,6 +11,8 @@ namespace fastdiff {
 namespace FASTDIFF_ISA {
 
 constexpr int kLanes = 16, kBlock = 256, kChains = 4;
+// elements below which a second thread saves microseconds when idle and costs milliseconds on a busy machine
+constexpr int64_t kSerial = 1 << 17;
 
 template <class T>
 struct Block {
@@ -109,7 +111,7 @@ void gram(const Gram& g) {
       }
     }
   };
-  parallel_for(g.batch * chunks, g.batch * size * g.count < kGramChunk, body);
+  parallel_for(g.batch * chunks, g.batch * size * g.count < kSerial, body);
   for (int64_t b = 0; b < g.batch; ++b) join_chunks(g, b, chunks);
 }
 
