@@ -11,7 +11,10 @@
 namespace py = pybind11;
 namespace fastdiff {
 
+void bind_attention(py::module_&);
+void bind_copy(py::module_&);
 void bind_gram(py::module_&);
+void bind_linear(py::module_&);
 void bind_philox_normal(py::module_&);
 void bind_program(py::module_&);
 void bind_solver_step(py::module_&);
@@ -30,7 +33,10 @@ void stream_triad_cpu(uintptr_t out, uintptr_t a, uintptr_t b, int64_t n) {
 PYBIND11_MODULE(_cpu, m) {
   using namespace fastdiff;
   m.doc() = "CPU kernels of fastdiff; call them through fastdiff.ops";
+  bind_attention(m);
+  bind_copy(m);
   bind_gram(m);
+  bind_linear(m);
   bind_philox_normal(m);
   bind_program(m);
   bind_solver_step(m);

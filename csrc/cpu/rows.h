@@ -155,7 +155,7 @@ FASTDIFF_ALWAYS void each_lane(int64_t n, F f) {
   }
 }
 
-constexpr int64_t kSerial = 1 << 15;         // elements below which a call stays on one thread
+constexpr int64_t kSerial = 1 << 16;         // elements below which a call stays on one thread
 constexpr int64_t kPastCaches = 16ll << 20;  // bytes of a result from which stores bypass the caches
 constexpr int64_t kBlock = 4096;             // elements summed in float32; blocks are added up in float64
 
