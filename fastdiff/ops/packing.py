@@ -75,3 +75,32 @@ def pack_pairs_int4(value: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
 def weight_sums(codes: torch.Tensor) -> torch.Tensor:
     """Sums of int8 codes over K. [N, K] int8 -> [N] int32."""
     return codes.sum(dim=1, dtype=torch.int32)
+
+
+def pack_conv(weight: torch.Tensor, channels: tuple[int, ...] | list[int]) -> torch.Tensor:
+    """Packs the weight of `conv2d` and `conv2d_w8a8`.
+
+    weight    [N, sum(channels), k, k] float32, bfloat16, or int8 in [-127, 127]
+    channels  of the one or two segments that the input comes in
+    out       as pack gives it; K is, per segment, [kernel row][kernel column][channel, padded to a step with zeros]
+    """
+    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[1] != sum(channels):
+        raise ValueError(f"pack_conv: weight must be [N, {sum(channels)}, k, k], got {list(weight.shape)}")
+    group = packed_k(weight.dtype)
+    segments = weight.permute(0, 2, 3, 1).split(list(channels), dim=3)
+    return pack(torch.cat([F.pad(s, (0, -s.shape[3] % group)).flatten(1) for s in segments], dim=1))
+
+
+def unpack_conv(packed: torch.Tensor, N: int, channels: tuple[int, ...] | list[int], kernel: int) -> torch.Tensor:
+    """The weight [N, sum(channels), kernel, kernel] that `pack_conv` was given."""
+    steps, _, group = packed.shape[1:]
+    padded = [-(-c // group) * group for c in channels]
+    flat = unpack(packed, N, steps * group).split([c * kernel * kernel for c in padded], dim=1)
+    taps = [f.reshape(N, kernel, kernel, p)[..., :c] for f, p, c in zip(flat, padded, channels, strict=True)]
+    return torch.cat(taps, dim=3).permute(0, 3, 1, 2)
+
+
+def conv_weight_sums(codes: torch.Tensor, channels: tuple[int, ...] | list[int]) -> torch.Tensor:
+    """Sums of int8 codes [N, C, k, k] over everything but N: [N] int32 for one segment, [2, N] for two."""
+    sums = [s.sum(dim=(1, 2, 3), dtype=torch.int32) for s in codes.split(list(channels), dim=1)]
+    return sums[0] if len(sums) == 1 else torch.stack(sums)
