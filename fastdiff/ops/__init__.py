@@ -1,12 +1,36 @@
 """Operations with one contract and several implementations each."""
 
 from fastdiff.ops.attention import attention, attention_lse
+from fastdiff.ops.conv2d import conv2d
+from fastdiff.ops.conv2d_w8a8 import conv2d_w8a8
 from fastdiff.ops.copy import copy
+from fastdiff.ops.gated_norm_modulate import gated_norm_modulate
 from fastdiff.ops.gram import gram
 from fastdiff.ops.linear import linear
 from fastdiff.ops.linear_w8a8 import linear_w8a8
+from fastdiff.ops.norm_modulate import norm_modulate
+from fastdiff.ops.norm_modulate_int8 import norm_modulate_int8
 from fastdiff.ops.philox_normal import philox_normal
+from fastdiff.ops.quantize_rows import quantize_rows
 from fastdiff.ops.registry import OPS, Op, backend
 from fastdiff.ops.solver_step import solver_step
 
-__all__ = ["OPS", "Op", "attention", "attention_lse", "backend", "copy", "gram", "linear", "linear_w8a8", "philox_normal", "solver_step"]
+__all__ = [
+    "OPS",
+    "Op",
+    "attention",
+    "attention_lse",
+    "backend",
+    "conv2d",
+    "conv2d_w8a8",
+    "copy",
+    "gated_norm_modulate",
+    "gram",
+    "linear",
+    "linear_w8a8",
+    "norm_modulate",
+    "norm_modulate_int8",
+    "philox_normal",
+    "quantize_rows",
+    "solver_step",
+]
