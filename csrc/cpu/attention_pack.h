@@ -1,0 +1,208 @@
+// Brings queries, keys and values of any type and strides into the units of attention_modes.h.
+//
+//   keys     a row of units per key, rows padded with zeros to a multiple of kRows
+//   values   per block of kKeys keys: panels of kRows channels (the last may have 4), kRows units for each kStep keys
+//   queries  for each unit of the head dimension: NV vectors of one query per lane
+//
+// Codes: the mean of the keys over the tokens is subtracted from each key, which softmax does not see; a key has its own
+// scale, a channel of the values has a scale and the middle of its range.
+#pragma once
+#include "cpu/attention.h"
+#include "cpu/attention_modes.h"
+
+namespace fastdiff {
+namespace FASTDIFF_ISA {
+namespace {
+
+constexpr int64_t kKeys = 128;  // of a block: its scores, probabilities and units stay in the first caches
+constexpr int kRows = kFloats == 16 ? 8 : 4;
+constexpr int64_t kMostDim = (kAttentionDim + 15) / 16 * 16;
+constexpr float kLog2E = 1.44269504f;
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// What belongs to one head of keys and values, in the workspace.
+struct Head {
+  uint32_t *k, *v;
+  float *scale;                   // of each key
+  int32_t *start;                 // of each key: what the sum of its products starts with
+  float *mean, *value_scale, *value_center;  // [dim]
+  float* partial;                 // per block: sum of the keys, least and largest value, each [padded dim]
+};
+
+template <class Mode>
+struct Layout {
+  int64_t dim, channels, units, keys, padded_dim, blocks;
+
+  explicit Layout(const Attention& t)
+      : dim(t.dim),
+        channels(round_up(t.dim, 4)),
+        units((t.dim + Mode::kStep - 1) / Mode::kStep),
+        keys(round_up(t.keys, kRows)),
+        padded_dim(round_up(t.dim, 16)),
+        blocks((t.keys + kKeys - 1) / kKeys) {}
+
+  // 4-byte words of a head; every part starts at a multiple of 64 bytes
+  int64_t k_words() const { return round_up(keys * units, 16); }
+  int64_t v_words() const { return round_up((keys + kKeys) / Mode::kStep * channels, 16); }
+  int64_t words() const {
+    return k_words() + v_words() + (Mode::kCodes ? 2 * round_up(keys, 16) + (3 + 3 * blocks) * padded_dim : 0);
+  }
+
+  Head head(uint32_t* base, int64_t index) const {
+    uint32_t* at = base + index * words();
+    Head h{at, at + k_words(), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+    h.scale = (float*)(h.v + v_words());
+    h.start = (int32_t*)(h.scale + round_up(keys, 16));
+    h.mean = (float*)(h.start + round_up(keys, 16));
+    h.value_scale = h.mean + padded_dim;
+    h.value_center = h.value_scale + padded_dim;
+    h.partial = h.value_center + padded_dim;
+    return h;
+  }
+};
+
+FASTDIFF_ALWAYS const char* element(const Attention::Operand& x, int type, int64_t b, int64_t token, int64_t head) {
+  return (const char*)x.data + (b * x.batch + token * x.token + head * x.head) * size_of(type);
+}
+
+// n < kFloats elements, zeros after them
+static __attribute__((noinline)) F32 load_tail(const char* from, int64_t n, int type) {
+  alignas(64) float part[kFloats] = {};
+  if (n > 0) memcpy(part, from, size_t(n * size_of(type)));
+  return load_float(part, type);
+}
+
+FASTDIFF_ALWAYS F32 load_some(const char* from, int64_t n, int type) {
+  return n >= kFloats ? load_float(from, type) : load_tail(from, n, type);
+}
+
+// Elements [first, first + kFloats * kStep) of a row of `dim`, minus shift (or null), times factor.
+template <class Mode>
+FASTDIFF_ALWAYS U32 row_units(const char* row, int64_t first, int64_t dim, int type, const float* shift, float factor) {
+  F32 parts[Mode::kStep];
+  FASTDIFF_UNROLL for (int p = 0; p < Mode::kStep; ++p) {
+    const int64_t d = first + p * kFloats;
+    F32 x = load_some(row + d * size_of(type), dim - d, type);
+    if (shift && d < dim) x = x - load<F32>(shift + d);
+    parts[p] = x * factor;
+  }
+  return Mode::row(parts);
+}
+
+FASTDIFF_ALWAYS float across(F32 v, bool largest) {
+  float out = v[0];
+  for (int i = 1; i < kFloats; ++i) out = largest ? (v[i] > out ? v[i] : out) : out + v[i];
+  return out;
+}
+
+// Largest magnitude of row - shift; NaN where an element is not finite.
+static float magnitude(const char* row, int64_t dim, int type, const float* shift) {
+  F32 most = {}, poison = {};
+  for (int64_t d = 0; d < dim; d += kFloats) {
+    F32 x = load_some(row + d * size_of(type), dim - d, type);
+    if (shift) x = x - load<F32>(shift + d);
+    most = larger(larger(x, -x), most);
+    poison = poison + x * 0.0f;
+  }
+  return across(most, true) + across(poison, false);
+}
+
+FASTDIFF_ALWAYS float inverse(float amax) { return amax > 0 ? 127.0f / amax : 0.0f; }
+
+// Sum of the codes in n bytes.
+FASTDIFF_ALWAYS int32_t sum_codes(const uint32_t* units, int64_t n) {
+  int32_t sum = 0;
+  const int8_t* codes = (const int8_t*)units;
+  for (int64_t i = 0; i < n; ++i) sum += codes[i];
+  return sum;
+}
+
+FASTDIFF_ALWAYS void store_units(uint32_t* to, U32 units, int64_t n) {
+  if (n >= kFloats) return store(to, units);
+  memcpy(to, &units, size_t(n) * 4);
+}
+
+// Sums of the keys and ranges of the values of one block: the first half of quantizing.
+static void measure_block(const Attention& t, int64_t b, int64_t head, int64_t first, int64_t count, int64_t padded, float* out) {
+  for (int64_t d = 0; d < t.dim; d += kFloats) {
+    F32 sum = {}, low = {}, high = {}, poison = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const char* k = element(t.k, t.type, b, first + i, head) + d * size_of(t.type);
+      const char* v = element(t.v, t.type, b, first + i, head) + d * size_of(t.type);
+      const F32 x = load_some(v, t.dim - d, t.type);
+      sum = sum + load_some(k, t.dim - d, t.type);
+      low = i ? smaller(x, low) : x;
+      high = i ? larger(x, high) : x;
+      poison = poison + x * 0.0f;
+    }
+    store(out + d, sum);
+    store(out + padded + d, low + poison);
+    store(out + 2 * padded + d, high + poison);
+  }
+}
+
+// The same of all `count` keys, from the blocks in order: mean of the keys, scale and center of the values. NaN stays.
+static void join_blocks(const float* partial, int64_t count, int64_t dim, int64_t padded, float* mean, float* scale, float* center) {
+  const int64_t blocks = (count + kKeys - 1) / kKeys;
+  for (int64_t d = 0; d < dim; d += kFloats) {
+    F32 sum = {}, low = load<F32>(partial + padded + d), high = load<F32>(partial + 2 * padded + d), poison = {};
+    for (int64_t i = 0; i < blocks; ++i) {
+      const float* p = partial + 3 * i * padded + d;
+      sum = sum + load<F32>(p);
+      low = smaller(low, load<F32>(p + padded));
+      high = larger(high, load<F32>(p + 2 * padded));
+      poison = poison + load<F32>(p + padded) * 0.0f;
+    }
+    store(mean + d, sum / splat(float(count)));
+    store(center + d, (low + high) * 0.5f + poison);
+    store(scale + d, (high - low) * (0.5f / 127.0f) + poison);
+  }
+}
+
+template <class Mode>
+static void pack_keys(const Attention& t, const Layout<Mode>& l, const Head& h, int64_t b, int64_t head, int64_t first, int64_t count, const float* mean) {
+  for (int64_t i = first; i < first + count; ++i) {
+    const char* row = element(t.k, t.type, b, i, head);
+    float factor = 1.0f;
+    if constexpr (Mode::kCodes) {
+      const float amax = magnitude(row, t.dim, t.type, mean);
+      factor = inverse(amax);
+      h.scale[i] = amax * (1.0f / 127.0f);
+    }
+    for (int64_t u = 0; u < l.units; u += kFloats)
+      store_units(h.k + i * l.units + u, row_units<Mode>(row, u * Mode::kStep, t.dim, t.type, mean, factor), l.units - u);
+    if constexpr (Mode::kCodes) h.start[i] = Mode::kOffset ? -128 * sum_codes(h.k + i * l.units, 4 * l.units) : 0;
+  }
+  const int64_t end = first + count, padded = round_up(end, kRows);
+  memset(h.k + end * l.units, 0, size_t((padded - end) * l.units) * 4);
+  if constexpr (Mode::kCodes)
+    for (int64_t i = end; i < padded; ++i) h.scale[i] = 0, h.start[i] = 0;
+}
+
+template <class Mode>
+static void pack_values(const Attention& t, const Layout<Mode>& l, const Head& h, int64_t b, int64_t head, int64_t first, int64_t count, const float* scale, const float* center) {
+  const int64_t steps = (count + Mode::kStep - 1) / Mode::kStep;
+  uint32_t* block = h.v + first / Mode::kStep * l.channels;
+  for (int64_t d = 0; d < t.dim; d += kFloats) {
+    const F32 factor = Mode::kCodes ? 1.0f / load<F32>(scale + d) : F32{}, middle = Mode::kCodes ? load<F32>(center + d) : F32{};
+    for (int64_t s = 0; s < steps; ++s) {
+      F32 rows[Mode::kStep] = {};
+      FASTDIFF_UNROLL for (int r = 0; r < Mode::kStep; ++r) {
+        const int64_t i = s * Mode::kStep + r;
+        if (i >= count) continue;
+        const F32 x = load_some(element(t.v, t.type, b, first + i, head) + d * size_of(t.type), t.dim - d, t.type);
+        rows[r] = Mode::kCodes ? (factor < splat(1e38f) ? (x - middle) * factor : F32{}) : x;
+      }
+      const U32 units = Mode::join(rows);
+      for (int64_t c = d; c < d + kFloats && c < l.channels; c += kRows) {
+        const int64_t width = l.channels - c < kRows ? l.channels - c : kRows;
+        memcpy(block + c * steps + s * width, (const char*)&units + (c - d) * 4, size_t(width) * 4);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace FASTDIFF_ISA
+}  // namespace fastdiff

@@ -1,0 +1,196 @@
+// One tile of attention: NV vectors of queries, one query per lane, against all keys in blocks of kKeys. Scores, maxima,
+// probabilities and sums of a query stay in its lane, so nothing is reduced across lanes.
+#pragma once
+#include "cpu/attention_pack.h"
+
+namespace fastdiff {
+namespace FASTDIFF_ISA {
+namespace {
+
+// Memory of a tile, on the stack of its thread. Vectors of NV * kFloats lanes throughout.
+struct Scratch {
+  uint32_t* q;    // [units]
+  float* scores;  // [kKeys]; probabilities take their place
+  float* out;     // [channels]
+};
+
+// sum[r][j] += sum over s of lanes[s][j] * a[r * row + s * next]
+template <class Mode, int ROWS, int NV>
+FASTDIFF_ALWAYS void multiply(typename Mode::Sum (&sum)[ROWS][NV], const uint32_t* a, int64_t row, int64_t next, const uint32_t* lanes, int64_t steps) {
+  for (int64_t s = 0; s < steps; ++s) {
+    U32 x[NV];
+    FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) x[j] = load<U32>(lanes + (s * NV + j) * kFloats);
+    FASTDIFF_UNROLL for (int r = 0; r < ROWS; ++r) {
+      const U32 unit = U32{} + a[r * row + s * next];
+      FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) sum[r][j] = Mode::add(sum[r][j], x[j], unit);
+    }
+  }
+}
+
+// Scores of ROWS keys, of which `valid` count for the maxima.
+template <class Mode, int ROWS, int NV>
+static __attribute__((noinline)) void score(float* scores, const uint32_t* k, int64_t units, const uint32_t* q, const float* scale, const int32_t* start, int64_t valid, F32 (&most)[NV]) {
+  typename Mode::Sum sum[ROWS][NV];
+  FASTDIFF_UNROLL for (int r = 0; r < ROWS; ++r)
+    FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) sum[r][j] = Mode::start(Mode::kOffset ? start[r] : 0);
+  multiply<Mode, ROWS, NV>(sum, k, units, 1, q, units);
+  FASTDIFF_UNROLL for (int r = 0; r < ROWS; ++r) {
+    FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) {
+      F32 s = Mode::to_float(sum[r][j]);
+      if (Mode::kCodes) s = s * scale[r];
+      store(scores + (r * NV + j) * kFloats, s);
+      if (r < valid) most[j] = larger(most[j], s);
+    }
+  }
+}
+
+template <class Mode, int NV>
+FASTDIFF_ALWAYS void score_block(float* scores, const Head& h, int64_t units, const uint32_t* q, int64_t first, int64_t count, F32 (&most)[NV]) {
+  FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) most[j] = splat(-__builtin_inff());
+  for (int64_t i = 0; i < count;) {
+    const int64_t key = first + i;
+    float* to = scores + i * NV * kFloats;
+    if (count - i > 4 && kRows > 4) {
+      score<Mode, kRows, NV>(to, h.k + key * units, units, q, h.scale + key, h.start + key, count - i, most);
+      i += kRows;
+    } else {
+      score<Mode, 4, NV>(to, h.k + key * units, units, q, h.scale + key, h.start + key, count - i, most);
+      i += 4;
+    }
+  }
+}
+
+// scores of `count` keys to units of probabilities in their place: 2^(score * factor - top). Adds them to `sum`.
+template <class Mode, int NV>
+static __attribute__((noinline)) void weigh(float* scores, int64_t count, const F32 (&factor)[NV], const F32 (&top)[NV], F32 (&total)[NV]) {
+  constexpr int step = Mode::kStep;
+  typename Mode::Sum sum[NV];
+  F32 base[NV];
+  FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) sum[j] = Mode::start(0);
+  // codes of probabilities go to 255
+  FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) base[j] = (Mode::kCodes ? 7.99435344f : 0.0f) - top[j];
+  auto group = [&](int64_t g, int64_t valid) __attribute__((always_inline)) {
+    FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) {
+      F32 p[step] = {};
+      FASTDIFF_UNROLL for (int r = 0; r < step; ++r) {
+        if (r >= valid) continue;
+        const F32 s = load<F32>(scores + ((g * step + r) * NV + j) * kFloats);
+        p[r] = exponential<Mode::kExact>(fused(s, factor[j], base[j]));
+      }
+      const U32 unit = Mode::weights(p);
+      sum[j] = Mode::count(sum[j], unit);
+      store((uint32_t*)scores + (g * NV + j) * kFloats, unit);
+    }
+  };
+  // the groups of vectors of one step lie where the first of them was read
+  for (int64_t g = 0; g < count / step; ++g) group(g, step);
+  if (count % step) group(count / step, count % step);
+  FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) total[j] = total[j] + Mode::to_float(sum[j]);
+}
+
+// out[r] = out[r] * shrink + products of ROWS channels
+template <class Mode, int ROWS, int NV>
+static __attribute__((noinline)) void mix(float* out, const uint32_t* v, const uint32_t* p, int64_t steps, const F32 (&shrink)[NV]) {
+  typename Mode::Sum sum[ROWS][NV];
+  FASTDIFF_UNROLL for (int r = 0; r < ROWS; ++r)
+    FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) sum[r][j] = Mode::start(0);
+  multiply<Mode, ROWS, NV>(sum, v, 1, ROWS, p, steps);
+  FASTDIFF_UNROLL for (int r = 0; r < ROWS; ++r)
+    FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) {
+      float* to = out + (r * NV + j) * kFloats;
+      store(to, fused(load<F32>(to), shrink[j], Mode::to_float(sum[r][j])));
+    }
+}
+
+template <class Mode, int NV>
+FASTDIFF_ALWAYS void mix_block(float* out, const uint32_t* v, const uint32_t* p, int64_t channels, int64_t count, const F32 (&shrink)[NV]) {
+  const int64_t steps = (count + Mode::kStep - 1) / Mode::kStep;
+  for (int64_t c = 0; c < channels;) {
+    float* to = out + c * NV * kFloats;
+    if (channels - c >= 8 && kRows == 8) {
+      mix<Mode, kRows, NV>(to, v + c * steps, p, steps, shrink);
+      c += kRows;
+    } else {
+      mix<Mode, 4, NV>(to, v + c * steps, p, steps, shrink);
+      c += 4;
+    }
+  }
+}
+
+// Transposes kFloats vectors.
+FASTDIFF_ALWAYS void transpose(U32 (&rows)[kFloats]) {
+  I32 lane = {};
+  for (int i = 0; i < kFloats; ++i) lane[i] = i;
+  FASTDIFF_UNROLL for (int h = 1; h < kFloats; h *= 2) {
+    const I32 odd = (lane & h) != 0;
+    const I32 low = odd ? lane - h + kFloats : lane, high = odd ? lane + kFloats : lane + h;
+    _Pragma("GCC unroll 16") for (int i = 0; i < kFloats; ++i) {
+      if (i & h) continue;
+      const U32 a = rows[i], b = rows[i + h];
+      rows[i] = __builtin_shuffle(a, b, (U32)low);
+      rows[i + h] = __builtin_shuffle(a, b, (U32)high);
+    }
+  }
+}
+
+// Units of the queries from q0 on, and in `scale` what their scores are to be multiplied with; NaN where a query is not finite.
+template <class Mode, int NV>
+static void pack_queries(const Attention& t, const Layout<Mode>& l, int64_t b, int64_t head, int64_t q0, uint32_t* to, float* scale) {
+  const float sign = t.scale < 0 ? -1.0f : 1.0f, size = t.scale * sign * kLog2E;
+  float factor[NV * kFloats];
+  for (int i = 0; i < NV * kFloats; ++i) {
+    factor[i] = sign;
+    scale[i] = size;
+    if (!Mode::kCodes || q0 + i >= t.queries) continue;
+    const float amax = magnitude(element(t.q, t.type, b, q0 + i, head), t.dim, t.type, nullptr);
+    factor[i] = sign * inverse(amax);
+    scale[i] = size * (amax * (1.0f / 127.0f));
+  }
+  for (int j = 0; j < NV; ++j)
+    for (int64_t u = 0; u < l.units; u += kFloats) {
+      U32 rows[kFloats];
+      _Pragma("GCC unroll 16") for (int i = 0; i < kFloats; ++i) {
+        const int64_t query = q0 + j * kFloats + i;
+        rows[i] = U32{};
+        if (query < t.queries)
+          rows[i] = row_units<Mode>(element(t.q, t.type, b, query, head), u * Mode::kStep, t.dim, t.type, nullptr, factor[j * kFloats + i]);
+        if (Mode::kOffset) rows[i] = rows[i] ^ 0x80808080u;
+      }
+      transpose(rows);
+      for (int64_t i = 0; i < kFloats && u + i < l.units; ++i) store(to + ((u + i) * NV + j) * kFloats, rows[i]);
+    }
+}
+
+FASTDIFF_ALWAYS float log2_of(float x) { return __builtin_log2f(x); }
+
+template <class Mode, int NV>
+static void finish(const Attention& t, const Head& h, int64_t b, int64_t head, int64_t q0, const float* out, const F32 (&total)[NV]) {
+  for (int j = 0; j < NV; ++j) {
+    const F32 empty = (F32)(total[j] == 0.0f), share = (F32)((U32)(1.0f / total[j]) & ~(U32)empty);
+    for (int64_t d = 0; d < t.dim; d += kFloats) {
+      U32 rows[kFloats];
+      _Pragma("GCC unroll 16") for (int i = 0; i < kFloats; ++i) {
+        rows[i] = U32{};
+        if (d + i >= t.dim) continue;
+        F32 x = load<F32>(out + ((d + i) * NV + j) * kFloats) * share;
+        if (Mode::kCodes) x = fused(x, splat(h.value_scale[d + i]), (F32)((U32)splat(h.value_center[d + i]) & ~(U32)empty));
+        rows[i] = (U32)x;
+      }
+      transpose(rows);
+      for (int64_t i = 0; i < kFloats && q0 + j * kFloats + i < t.queries; ++i) {
+        char* to = (char*)t.out + (((b * t.queries + q0 + j * kFloats + i) * t.heads + head) * t.dim + d) * size_of(t.type);
+        if (t.dim - d >= kFloats) {
+          store_float(to, (F32)rows[i], t.type);
+        } else {
+          alignas(64) float part[kFloats];
+          store_float(part, (F32)rows[i], t.type);
+          memcpy(to, part, size_t((t.dim - d) * size_of(t.type)));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace FASTDIFF_ISA
+}  // namespace fastdiff
