@@ -116,4 +116,4 @@ def test_workers_time_a_model_and_report_what_it_takes():
     (entry,) = found
     assert entry.error is None and len(entry.seconds) == 2 and entry.setup["first call"] > 0
     assert 1e-4 < entry.relative_error < 0.05
-    assert 0 < entry.memory["rss_mb"] <= entry.memory["peak_rss_mb"]
+    assert 0 < entry.after["rss_mb"] <= entry.after["peak_rss_mb"]

@@ -17,8 +17,10 @@ class Loaded:
     run      one forward, or one whole sampling
     seconds  what making it ready took, by stage; building the torch module does not count, it is the user's own
     peak_mb  peak memory of a stage that ran in another process
+    note     what the record should say after the runs, as how much of the model ran as intended
     """
 
     run: Callable[[], torch.Tensor]
     seconds: dict[str, float]
     peak_mb: int = 0
+    note: Callable[[], str] = lambda: ""

@@ -16,7 +16,8 @@ def load(workload: Workload, mode: str) -> Loaded:
     start = time.perf_counter()
     fastdiff.accelerate(module, mode=mode)
     seconds = {"accelerate": time.perf_counter() - start}
-    if workload.images is not None:
-        return Loaded(our_loop(workload, module), seconds)
     inputs = workload.inputs(0)
-    return Loaded(lambda: workload.call(module, *inputs), seconds)
+    run = lambda: workload.call(module, *inputs)
+    if workload.images is not None:
+        run = our_loop(workload, module)
+    return Loaded(run, seconds, note=lambda: str(fastdiff.report(module)))

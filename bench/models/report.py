@@ -44,7 +44,7 @@ def _numbers(entry: Measured, firsts: dict[int, Measured], flops: int, peaks: di
         "time_to_first": entry.median / firsts[entry.group].median,
         "relative_error": entry.relative_error,
         "setup_seconds": entry.setup,
-        **entry.memory,
+        **entry.after,
     }
 
 

@@ -42,7 +42,7 @@ class Measured:
     spent: float = 0.0
     setup: dict[str, float] = field(default_factory=dict)
     relative_error: float | None = None
-    memory: dict[str, int] = field(default_factory=dict)
+    after: dict[str, int | str] = field(default_factory=dict)
 
     @property
     def clean(self) -> list[float]:
@@ -122,7 +122,7 @@ def _measure_group(workload: Workload, names: list[str], group: int, reference, 
             if entry.error is None and (len(entry.seconds) < 3 or entry.spent < limits.seconds):
                 _take(worker.sample(), entry)
     for worker, entry in workers:
-        entry.memory = worker.close()
+        entry.after = worker.close()
     return found
 
 

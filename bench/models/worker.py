@@ -28,7 +28,7 @@ class Worker:
         return self._receive()
 
     def close(self) -> dict:
-        """Memory of the process, which then ends; empty where it has died."""
+        """Memory of the process, which then ends, and the variant's note; empty where it has died."""
         self._pipe.send("stop")
         found = self._receive()
         self._process.join()
@@ -79,7 +79,8 @@ def _serve(pipe: Connection, workload: str, variant: str, threads: int) -> None:
         seconds = _seconds(loaded.run, calls)
         wall = seconds * calls
         pipe.send({"seconds": seconds, "wall": wall, "others": _others(before, _cpu_seconds(), wall)})
-    pipe.send({"rss_mb": _status("VmRSS"), "peak_rss_mb": max(_status("VmHWM"), loaded.peak_mb)})
+    memory = {"rss_mb": _status("VmRSS"), "peak_rss_mb": max(_status("VmHWM"), loaded.peak_mb)}
+    pipe.send({**memory, "note": loaded.note()})
 
 
 def _seconds(run, calls: int) -> float:
