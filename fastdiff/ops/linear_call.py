@@ -1,0 +1,117 @@
+"""What the linear layers share: checks of their arguments, the epilogue in torch, and the native call."""
+
+import torch
+import torch.nn.functional as F
+
+from fastdiff.ops import memory, native
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+ACTIVATIONS = {
+    "none": lambda y: y,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+    "geglu": F.gelu,
+    "geglu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "swiglu": F.silu,
+}
+_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+PAIRS = ("geglu", "geglu_tanh", "swiglu")
+
+
+def row_stride(t: torch.Tensor) -> int | None:
+    """The one stride between the rows of [..., K], in elements, or None where there is none."""
+    if t.is_contiguous():
+        return t.shape[-1]
+    if t.stride(-1) != 1 and t.shape[-1] > 1:
+        return None
+    stride = span = None
+    for size, step in zip(reversed(t.shape[:-1]), reversed(t.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if stride is None:
+            stride = step
+        elif step != span:
+            return None
+        span = step * size
+    return t.shape[-1] if stride is None else stride
+
+
+def columns(out_features: int, activation: str) -> int:
+    """Columns of the result: half of the outputs where an activation takes pairs."""
+    return out_features // 2 if activation in PAIRS else out_features
+
+
+def check_call(op, x, out_features, panels, activation, bias, gate, residual, out_scale, out_dtype) -> None:
+    """Raises where the arguments that all linear layers have do not fit together."""
+    if activation not in _CODES:
+        raise ValueError(f"{op}: activation must be one of {', '.join(_CODES)}, got {activation!r}")
+    N = columns(out_features, activation)
+    wide = panels * 16 if activation in PAIRS else N
+    if panels != (2 * -(-N // 16) if activation in PAIRS else -(-N // 16)):
+        raise ValueError(f"{op}: weight has {panels} panels of 16 columns, which is not what {out_features} outputs need")
+    if row_stride(x) is None:
+        raise ValueError(f"{op}: x must be rows with one stride, got strides {x.stride()}; call contiguous()")
+    if bias is not None and (bias.shape != (wide,) or not bias.is_contiguous()):
+        raise ValueError(f"{op}: bias must be contiguous [{wide}], got {list(bias.shape)}")
+    if gate is not None:
+        rows = x.numel() // x.shape[-1] if x.shape[-1] else x.shape[:-1].numel()
+        if gate.dim() != 2 or gate.shape[1] != N or gate.stride(1) != 1 or rows % max(gate.shape[0], 1):
+            raise ValueError(f"{op}: gate must be [B, {N}] where B divides {rows} rows, got {list(gate.shape)}")
+    if residual is not None and (residual.shape != (*x.shape[:-1], N) or row_stride(residual) is None):
+        raise ValueError(f"{op}: residual must be rows {[*x.shape[:-1], N]} with one stride, got {list(residual.shape)}")
+    if out_dtype not in FLOATS and (out_dtype != torch.int8 or out_scale is None):
+        raise TypeError(f"{op}: out_dtype must be a float, or int8 with an out_scale, got {out_dtype}")
+
+
+def quantize_rows(x: torch.Tensor, x_scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and their scales ([..., 1] or [1]) of float rows, in float32: dynamic, or static with a given scale."""
+    x = x.float()
+    if x_scale is not None:
+        return torch.round(x * (1 / x_scale.float())).clamp(-127, 127), x_scale
+    amax = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+    scale = torch.where(amax.isfinite(), amax * torch.tensor(1 / 127, dtype=torch.float32), torch.nan)
+    inverse = torch.where(amax > 0, torch.full_like(amax, 127) / amax, 0)  # 127 / amax would multiply a reciprocal
+    codes = torch.round(x * inverse).clamp(-127, 127)
+    return torch.where(scale.isnan(), 0, codes), scale
+
+
+def finish(y, N, bias, activation, gate, residual, out_scale, out_dtype) -> torch.Tensor:
+    """The epilogue on scaled sums [..., 16 * panels]; N columns of result. Float64 stays float64."""
+    lead = y.shape[:-1]
+    if bias is not None:
+        y = y + F.pad(bias, (0, y.shape[-1] - bias.numel()))
+    if activation in PAIRS:
+        value, gated = y.view(*lead, -1, 2, 16).unbind(-2)
+        y = (value * ACTIVATIONS[activation](gated)).reshape(*lead, -1)[..., :N]
+    else:
+        y = ACTIVATIONS[activation](y[..., :N])
+    if gate is not None:
+        rows = lead.numel()
+        y = (y.reshape(gate.shape[0], rows // max(gate.shape[0], 1), N) * gate[:, None].to(y.dtype)).view(*lead, N)
+    if residual is not None:
+        y = y + residual.to(y.dtype)
+    if out_dtype == torch.int8:
+        return torch.round(y * (1 / out_scale)).clamp(-127, 127).nan_to_num(0).to(torch.int8)
+    return y.clone() if y.dtype == torch.float64 else y.to(out_dtype)
+
+
+def run(kernel, x, x_scale, weight, weight_scale, weight_sum, group, out_features, bias, activation, gate, residual,
+        out_scale, out_dtype) -> torch.Tensor:  # fmt: skip
+    """Calls one of the native linear layers."""
+    shape, codes = x.shape, native.TYPE_CODES
+    K, N = shape[-1], columns(out_features, activation)
+    out = memory.empty((*shape[:-1], N), out_dtype)
+    rows = shape[:-1].numel()
+    at = lambda t: 0 if t is None else t.data_ptr()
+    sums = weight.shape[0] * 16 if activation in PAIRS else out_features
+    kernel(
+        x.data_ptr(), codes[x.dtype], rows, K, row_stride(x), at(x_scale), int(x_scale is not None and x_scale.numel() > 1),
+        weight.data_ptr(), codes.get(weight.dtype, 4), weight.shape[0], at(weight_scale), at(weight_sum), sums, group,
+        N, _CODES[activation], at(bias),
+        at(gate), 0 if gate is None else gate.stride(0), 1 if gate is None else rows // max(gate.shape[0], 1),
+        0 if gate is None else codes[gate.dtype],
+        at(residual), 0 if residual is None else row_stride(residual), 0 if residual is None else codes[residual.dtype],
+        at(out_scale), out.data_ptr(), codes[out_dtype],
+    )  # fmt: skip
+    return out
