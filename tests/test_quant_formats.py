@@ -202,7 +202,7 @@ SCHEMES = [
     Scheme(group("int4", 64), None, (Smooth(None), LowRank(16)), Rounding("gptq")),
     Scheme(
         TensorSpec("int4", range="mse"),
-        TensorSpec("uint8", "segment", symmetric=False, per_step=True),
+        TensorSpec("uint8", "tensor", symmetric=False, per_step=True),
         (),
         Rounding("adaround", beta=(18.0, 3.0)),
         8,

@@ -1,5 +1,8 @@
 """The low-rank branch: the largest singular directions of a weight stay in floating point, the rest is quantized."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from fastdiff.quant.qtensor import QTensor, quantize
@@ -22,13 +25,14 @@ def low_rank(weight: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     rank = min(rank, N, K)
     generator = torch.Generator().manual_seed(seed)
     probe = torch.randn(K, min(rank + _OVERSAMPLE, N, K), generator=generator).to(weight.device)
-    basis = torch.linalg.qr(weight @ probe).Q
-    for _ in range(_POWER_ITERATIONS):
-        basis = torch.linalg.qr(weight.T @ basis).Q
-        basis = torch.linalg.qr(weight @ basis).Q
-    u, s, v = torch.linalg.svd(basis.T @ weight, full_matrices=False)
-    root = s[:rank].sqrt()
-    return (basis @ u[:, :rank]) * root, root[:, None] * v[:rank]
+    with _one_thread():
+        basis = torch.linalg.qr(weight @ probe).Q
+        for _ in range(_POWER_ITERATIONS):
+            basis = torch.linalg.qr(weight.T @ basis).Q
+            basis = torch.linalg.qr(weight @ basis).Q
+        u, s, v = torch.linalg.svd(basis.T @ weight, full_matrices=False)
+        root = s[:rank].sqrt()
+        return (basis @ u[:, :rank]) * root, root[:, None] * v[:rank]
 
 
 def split_low_rank(
@@ -51,3 +55,14 @@ def split_low_rank(
         if error < least:
             best, least = (codes, up, down), error
     return best
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The codes must not depend on how many threads factorize."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -8,7 +8,7 @@ Tensor = torch.Tensor
 
 def sqnr_db(x: Tensor, y: Tensor) -> float:
     """Signal-to-noise ratio 10 log10(sum x^2 / sum (x - y)^2) of y against x in dB, in float64; inf when equal."""
-    x, y = x.double(), y.double()
+    x, y = x.detach().double(), y.detach().double()
     noise, signal = float((x - y).square().sum()), float(x.square().sum())
     if noise == 0.0:
         return float("inf")

@@ -5,7 +5,8 @@ from typing import Any
 
 # number format -> bits of one code
 DTYPES = {"int8": 8, "int4": 4, "uint8": 8, "uint4": 4, "fp8_e4m3": 8, "nf4": 4, "nvfp4": 4, "mxfp4": 4}
-GRANULARITIES = ("tensor", "channel", "token", "group", "segment")
+FLOATING = ("fp8_e4m3", "nf4", "nvfp4", "mxfp4")
+GRANULARITIES = ("tensor", "channel", "token", "group")
 RANGES = ("absmax", "signed", "mse", "percentile")
 ROUNDINGS = ("rtn", "gptq", "adaround")
 
@@ -21,8 +22,8 @@ class TensorSpec:
     """Number format and range rule of one operand.
 
     dtype        a key of DTYPES
-    granularity  what shares a scale: the whole `tensor`, an output `channel` (weights), a `token` (activations), a
-                 `group` of `group_size` consecutive inputs, or each `segment` of a concatenated input
+    granularity  what shares a scale: the whole `tensor`, an output `channel` (weights), a `token` (activations; in a
+                 convolution: a sample), or a `group` of `group_size` consecutive inputs
     symmetric    no zero point; asymmetric needs an unsigned dtype
     dynamic      activations: ranges are measured at run time
     per_step     activations: one static range per sampling step
@@ -140,7 +141,7 @@ class Scheme:
 
     input        None leaves activations in floating point
     transforms   applied in this order before rounding
-    split_input  channels of the first part of a concatenated input; the parts have their own ranges
+    split_input  channels of the first part of a concatenated input; the parts have their own weight and input ranges
     """
 
     weight: TensorSpec
@@ -156,9 +157,32 @@ class Scheme:
             raise ValueError("Scheme: weights have one static range; unset dynamic and per_step")
         if self.input is not None and self.input.granularity == "channel":
             raise ValueError("Scheme: activations cannot be scaled per channel inside a product; use token or tensor")
+        rotated = any(isinstance(t, Rotate) for t in self.transforms)
+        if rotated and any(isinstance(t, LowRank) for t in self.transforms):
+            raise ValueError("Scheme: a low-rank branch is not fitted to a rotated weight; use Smooth with LowRank")
+        if rotated and self.weight.dtype in FLOATING:
+            raise ValueError(
+                f"Scheme: rotation lowers the quality of the floating format {self.weight.dtype}; remove it"
+            )
+        if self.rounding.kind != "rtn" and self.weight.dtype in FLOATING:
+            raise ValueError(f"Scheme: {self.rounding.kind} needs integer weights, got {self.weight.dtype}")
+
+    def transform(self, kind: type) -> Any:
+        """The transform of this type, or None."""
+        return next((t for t in self.transforms if isinstance(t, kind)), None)
+
+    @property
+    def static_input(self) -> bool:
+        """Whether activation ranges are fixed before sampling."""
+        return self.input is not None and self.input.is_static
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether the weights are chosen by the second moments of the layer's inputs."""
+        smooth = self.transform(Smooth)
+        return self.rounding.kind == "gptq" or (smooth is not None and smooth.alpha is None)
 
     @property
     def needs_data(self) -> bool:
         """Whether quantizing a layer this way needs calibration inputs."""
-        static = self.input is not None and self.input.is_static
-        return static or self.rounding.kind != "rtn" or any(isinstance(t, Smooth) for t in self.transforms)
+        return self.static_input or self.rounding.kind != "rtn" or self.transform(Smooth) is not None

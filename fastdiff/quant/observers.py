@@ -1,0 +1,72 @@
+"""Statistics of activations: exact bounds and a fixed sample per step, magnitudes of channels, second moments."""
+
+import torch
+
+from fastdiff.quant.ranges import fit, to_scale
+from fastdiff.quant.schemes import TensorSpec
+
+Tensor = torch.Tensor
+
+_KEPT = 4096  # values per step that a range search looks at
+
+
+class RangeObserver:
+    """Bounds of a tensor for every step, and a sample of its values for range searches.
+
+    Bounds are exact and do not depend on how the samples are cut into batches.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.low, self.high = torch.full((steps,), float("inf")), torch.full((steps,), float("-inf"))
+        self._values: list[list[Tensor]] = [[] for _ in range(steps)]
+
+    def update(self, x: Tensor, rows: Tensor) -> None:
+        """Takes x [B, ...] in; rows [B] or [1] are the steps of its samples."""
+        flat = x.detach().float().reshape(x.shape[0], -1)
+        rows = rows.expand(x.shape[0]) if rows.numel() == 1 else rows
+        self.low.scatter_reduce_(0, rows, flat.amin(1), "amin")
+        self.high.scatter_reduce_(0, rows, flat.amax(1), "amax")
+        # a stride that is no multiple of the row length visits all channels and positions
+        stride = max(1, flat.shape[1] // 512) | 1
+        for row, values in zip(rows.tolist(), flat[:, ::stride], strict=True):
+            if sum(part.numel() for part in self._values[row]) < _KEPT:
+                self._values[row].append(values.clone())
+
+    def table(self, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
+        """Scale [S] and zero point [S] (or None) of every step; [1] unless the setting has one range per step."""
+        low, high = self.low, self.high
+        samples = [torch.cat(parts) if parts else torch.zeros(1) for parts in self._values]
+        if not spec.per_step:
+            low, high, samples = low.amin(0, keepdim=True), high.amax(0, keepdim=True), [torch.cat(samples)]
+        if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+            raise ValueError("quantize: a step has no calibration samples, or its activations hold NaN or Inf")
+        if spec.range in ("absmax", "signed"):
+            return to_scale(low, high, spec)
+        # the exact bounds belong to the sample: no range search starts inside them
+        rows = [torch.cat((s, lo[None], hi[None]))[None] for s, lo, hi in zip(samples, low, high, strict=True)]
+        fitted = [fit(row, spec) for row in rows]
+        zero = None if fitted[0][1] is None else torch.cat([z for _, z in fitted])
+        return torch.cat([s for s, _ in fitted]), zero
+
+    def drift(self) -> float:
+        """Largest over smallest magnitude of the steps: above 4, one range for all steps wastes codes."""
+        top = torch.maximum(self.low.abs(), self.high.abs())
+        return float(top.max() / top.min().clamp(min=1e-30))
+
+
+class ChannelObserver:
+    """Largest magnitude [K] and second moments [K, K] of the inputs of a linear layer, in float64."""
+
+    def __init__(self, moments: bool) -> None:
+        self.amax: Tensor | None = None
+        self.hessian: Tensor | None = None
+        self._moments = moments
+
+    def update(self, x: Tensor) -> None:
+        """Takes inputs [..., K] in."""
+        rows = x.detach().float().reshape(-1, x.shape[-1])
+        amax = rows.abs().amax(0)
+        self.amax = amax if self.amax is None else torch.maximum(self.amax, amax)
+        if self._moments:
+            moments = (rows.T @ rows).double()
+            self.hessian = moments if self.hessian is None else self.hessian + moments

@@ -1,0 +1,156 @@
+"""The work of one `quantize` run: statistics, the swap of a block's layers, learned rounding, ranges."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastdiff.quant import observe
+from fastdiff.quant.build import build_layer, restore_layer, weight_sqnr_db
+from fastdiff.quant.calibration import CalibrationSet
+from fastdiff.quant.layer import QLayer, qlayers
+from fastdiff.quant.observers import ChannelObserver, RangeObserver
+from fastdiff.quant.plan import LayerPlan, set_module
+from fastdiff.quant.reconstruct import learnable, reconstruct
+from fastdiff.quant.schemes import Rounding, Smooth
+from fastdiff.quant.steps import StepContext
+
+Tensor = torch.Tensor
+
+
+class Work:
+    """The state of one run of `quantize`."""
+
+    def __init__(
+        self, net: nn.Module, plans: dict[str, LayerPlan], data: CalibrationSet | None, keep_originals: bool
+    ) -> None:
+        self.net, self.plans, self.data, self.keep = net, plans, data, keep_originals
+        self.sequential = any(p.scheme.needs_moments for p in plans.values()) or learns(plans.values())
+        self.channels: dict[str, ChannelObserver] = {}
+        self.ranges: dict[str, RangeObserver] = {}
+        self.originals: dict[str, nn.Module] = {}
+        self.sqnr: dict[str, float] = {}
+
+    def observe_channels(self, names: list[str], last: str | None = None) -> None:
+        """Collects what smoothing and GPTQ need about the inputs of these layers."""
+        wanted = [n for n in names if self.plans[n].scheme.needs_moments or self.plans[n].scheme.transform(Smooth)]
+        self.channels = {n: ChannelObserver(self.plans[n].scheme.needs_moments) for n in wanted}
+        if not wanted:
+            return
+        with observe.watching(self.net, {n: self._watcher(n) for n in wanted}):
+            if last is None:
+                return observe.run(self.net, self.data)
+            with observe.stopping_after(self.net, last):
+                observe.run(self.net, self.data)
+
+    def _watcher(self, name: str) -> Callable[[Tensor], None]:
+        layer, update = self.net.get_submodule(name), self.channels[name].update
+        return (lambda x: update(patches(x, layer))) if isinstance(layer, nn.Conv2d) else update
+
+    def quantize_block(self, block: str, names: list[str]) -> None:
+        """Swaps the layers of one block; the inputs are those that the quantized layers before it produce."""
+        if self.sequential:
+            self.observe_channels(names, block)
+        learned = [n for n in names if self.plans[n].scheme.rounding.kind == "adaround"]
+        target = self._reference_output(block) if learned else None
+        for name in names:
+            layer, plan = self.net.get_submodule(name), self.plans[name]
+            made = build_layer(layer, plan.scheme, self.channels.get(name))
+            self._swap(name, layer, made)
+        if learned:
+            self._learn(block, learned, target)
+        for name in names:
+            self.sqnr[name] = weight_sqnr_db(self.originals[name], self.net.get_submodule(name))
+            if not self.keep:
+                del self.originals[name]
+
+    def restore(self, names: list[str], tensors: dict[str, Tensor]) -> None:
+        """Swaps the layers of a block that an earlier run had finished."""
+        for name in names:
+            layer = self.net.get_submodule(name)
+            own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+            made = restore_layer(layer, self.plans[name].scheme, own)
+            self._swap(name, layer, made)
+            self.sqnr[name] = weight_sqnr_db(layer, made)
+            if not self.keep:
+                del self.originals[name]
+
+    def state_of(self, names: list[str]) -> dict[str, Tensor]:
+        """The buffers of these layers by full name."""
+        return {f"{n}.{k}": v for n in names for k, v in self.net.get_submodule(n).state_dict().items()}
+
+    def fix_ranges(self) -> StepContext | None:
+        """Observes the network with quantized weights and fixes the ranges of static activations."""
+        static = {name: layer for name, layer in qlayers(self.net).items() if layer.scheme.static_input}
+        for layer in qlayers(self.net).values():
+            layer.enable_input(True)
+        if not static:
+            return None
+        steps = StepContext(self.data.times)
+        for layer in static.values():
+            layer.enable_input(False)
+        self.ranges = {name: RangeObserver(len(self.data.times)) for name in static}
+        see = lambda name, x: self.ranges[name].update(static[name].transformed(x), steps.rows)
+        handle = steps.follow(self.net)
+        with observe.watching(self.net, {name: lambda x, name=name: see(name, x) for name in static}):
+            observe.run(self.net, self.data)
+        handle.remove()
+        per_step = False
+        for name, layer in static.items():
+            scale, zero = self.ranges[name].table(layer.scheme.input)
+            layer.set_input_range(scale, zero, steps if layer.scheme.input.per_step else None)
+            layer.enable_input(True)
+            per_step |= layer.scheme.input.per_step
+        return steps if per_step else None
+
+    def _swap(self, name: str, layer: nn.Module, made: nn.Module) -> None:
+        self.originals[name] = layer
+        for part in (module for module in made.modules() if isinstance(module, QLayer)):
+            # weights are chosen with activations in floating point; their ranges come last
+            part.enable_input(not self.sequential and not part.scheme.static_input)
+        set_module(self.net, name, made)
+
+    def _reference_output(self, block: str) -> Tensor:
+        """What the block returns in the floating-point network."""
+        quantized = {name: self.net.get_submodule(name) for name in self.originals}
+        for name, layer in self.originals.items():
+            set_module(self.net, name, layer)
+        outs = observe.capture(self.net, block, self.data)[2]
+        for name, layer in quantized.items():
+            set_module(self.net, name, layer)
+        return torch.cat(outs)
+
+    def _learn(self, block: str, names: list[str], target: Tensor) -> None:
+        args, kwargs, _ = observe.capture(self.net, block, self.data)
+        merged = [_merge([a[i] for a in args]) for i in range(len(args[0]))]
+        named = {key: _merge([k[key] for k in kwargs]) for key in kwargs[0]}
+        take = lambda value, rows: value[rows] if isinstance(value, Tensor) else value
+        module = self.net.get_submodule  # the block may itself be swapped while its rounding is learned
+        forward = lambda rows: module(block)(
+            *(take(a, rows) for a in merged), **{k: take(v, rows) for k, v in named.items()}
+        )
+        weights: dict[str, Tensor] = {}
+        for name in names:
+            weights |= learnable(name, module(name), self.originals[name])
+        settings: Rounding = self.plans[names[0]].scheme.rounding
+        reconstruct(self.net, weights, forward, target, settings)
+
+
+def patches(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """What every output pixel of a convolution sees, [B, L, K] in the order of its codes."""
+    padding = tuple(k // 2 for k in conv.kernel_size) if conv.padding == "same" else conv.padding
+    padding = (0, 0) if padding == "valid" else padding
+    columns = F.unfold(x.float(), conv.kernel_size, padding=padding, stride=conv.stride)  # [B, C kh kw, L]
+    return columns.unflatten(1, (x.shape[1], -1)).permute(0, 3, 2, 1).flatten(2)
+
+
+def learns(plans: Any) -> bool:
+    """Whether any layer has learned rounding."""
+    return any(plan.scheme.rounding.kind == "adaround" for plan in plans)
+
+
+def _merge(values: list[Any]) -> Any:
+    """Batches of a tensor as one; other values must not depend on the batch."""
+    return torch.cat(values) if isinstance(values[0], Tensor) else values[0]
