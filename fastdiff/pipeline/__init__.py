@@ -1,0 +1,5 @@
+"""The drop-in for diffusers. Nothing here imports diffusers before it is given one of its objects."""
+
+from fastdiff.pipeline.schedulers import as_fast, fast_class
+
+__all__ = ["as_fast", "fast_class"]

@@ -1,0 +1,1 @@
+"""Tools with which users test fastdiff against other libraries' own test-suites."""
