@@ -7,7 +7,7 @@ import struct
 import zipfile
 from collections.abc import Iterator
 
-QUANT_RECORD = {"bits": 8, "group": 16, "in_features": 16, "sym": True}
+QUANT_RECORD = {"dtype": "int8", "bits": 8, "group": 16, "in_features": 16, "sym": True}
 ONES = struct.pack("<2f", 1.0, 1.0)
 
 
@@ -22,12 +22,12 @@ def record(shape: list, offsets: list, dtype: str = "F32", **more: str) -> dict:
 
 def quantized(layer: dict | None, scales: dict | None = None, data: bytes = bytes(32) + ONES) -> bytes:
     header = {"__metadata__": {"fastdiff.quant": json.dumps({"l": layer} if layer else {})}}
-    header["l.qweight"] = record([2, 16], [0, 32], "U8")
-    return packed(header | ({"l.scales": scales} if scales else {}), data)
+    header["l.weight"] = record([2, 16], [0, 32], "I8")
+    return packed(header | ({"l.weight_scale": scales} if scales else {}), data)
 
 
 def quantized_good() -> bytes:
-    return quantized(QUANT_RECORD, record([2, 1], [32, 40]))
+    return quantized(QUANT_RECORD, record([2], [32, 40]))
 
 
 def header_attacks() -> Iterator[tuple[str, bytes]]:
@@ -76,7 +76,7 @@ def header_attacks() -> Iterator[tuple[str, bytes]]:
 
 
 def quant_attacks() -> Iterator[tuple[str, bytes]]:
-    scales = record([2, 1], [32, 40])
+    scales = record([2], [32, 40])
     yield "quant: no record", quantized(None, scales)
     for key, value in (("bits", 3), ("bits", True), ("group", 0), ("group", 7), ("group", -16), ("group", 16.0)):
         yield f"quant: {key} {value}", quantized(QUANT_RECORD | {key: value}, scales)
@@ -86,10 +86,19 @@ def quant_attacks() -> Iterator[tuple[str, bytes]]:
     yield "quant: asymmetric without zeros", quantized(QUANT_RECORD | {"sym": False}, scales)
     broken = {
         "__metadata__": {"fastdiff.quant": "{{{"},
-        "l.qweight": record([2, 16], [0, 32], "U8"),
-        "l.scales": scales,
+        "l.weight": record([2, 16], [0, 32], "I8"),
+        "l.weight_scale": scales,
     }
     yield "quant: metadata not json", packed(broken, bytes(32) + ONES)
+    yield "quant: dtype int3", quantized(QUANT_RECORD | {"dtype": "int3"}, scales)
+    yield "quant: weight missing", packed({"__metadata__": {"fastdiff.quant": json.dumps({"m": QUANT_RECORD})}})
+    yield "quant: code -128", quantized(QUANT_RECORD, scales, b"\x80" + bytes(31) + ONES)
+    # names of another layout, as the recipes of the specification have them
+    other = {"l.qweight": record([2, 16], [0, 32], "U8"), "l.scales": record([2, 1], [32, 40])}
+    meta = {"__metadata__": {"fastdiff.quant": json.dumps({"l": QUANT_RECORD})}}
+    yield "quant: names of another layout", packed(meta | other, bytes(32) + ONES)
+    more = {"l.weight": record([2, 16], [0, 32], "I8"), "l.weight_scale": scales, "l.sparkle": record([1], [40, 44])}
+    yield "quant: a part that no layer has", packed(meta | more, bytes(32) + ONES + ONES[:4])
     for value in (float("nan"), float("inf"), 0.0, -1.0, 2e4):
         yield f"quant: scale {value}", quantized(QUANT_RECORD, scales, bytes(32) + struct.pack("<2f", 1.0, value))
 
