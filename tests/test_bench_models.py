@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("diffusers", reason="the bench compares with diffusers' scheduler")
 
 from bench.models import __main__ as command
-from bench.models import openvino_graph, openvino_peer, sampling
+from bench.models import openvino_graph, openvino_peer, profile, sampling
 from bench.models.loaded import Unavailable
 from bench.models.reference import relative_error
 from bench.models.report import records, table
@@ -117,3 +117,15 @@ def test_workers_time_a_model_and_report_what_it_takes():
     assert entry.error is None and len(entry.seconds) == 2 and entry.setup["first call"] > 0
     assert 1e-4 < entry.relative_error < 0.05
     assert 0 < entry.after["rss_mb"] <= entry.after["peak_rss_mb"]
+
+
+def test_a_profile_adds_the_calls_of_its_fastest_run():
+    slow = [("linear", 9.0), ("copy", 1.0), ("linear", 9.0)]
+    fast = [("linear", 2.0), ("copy", 5.0), ("linear", 2.0)]
+    assert profile.summary([slow, fast]) == [("copy", 1, 5.0), ("linear", 2, 4.0)]
+
+
+def test_a_profile_of_torch_names_the_products(capsys):
+    assert profile.main(["--model", "bundled_dit_b1", "--variant", "torch-fp32", "--threads", "1"]) == 0
+    counts = {line.split()[-1]: int(line.split()[-3]) for line in capsys.readouterr().out.splitlines()[1:]}
+    assert counts["aten::addmm"] == 6 * 9 + 2 + 2  # per block q, k, v, out, two of the mlp, three of the conditioning

@@ -24,7 +24,18 @@ def prepare(workload: Workload, int8: bool) -> None:
 
 
 def load(workload: Workload, hint: str, int8: bool, threads: int) -> Loaded:
-    """The compiled graph at the workload's static shapes.
+    """The compiled graph at the workload's static shapes."""
+    start = time.perf_counter()
+    forward = _forward(request(workload, hint, int8, threads))
+    record = openvino_graph.prepared(workload, int8)
+    seconds = {"export and quantize": record["seconds"], "compile": time.perf_counter() - start}
+    inputs = workload.inputs(0)
+    run = diffusers_loop(workload, forward) if workload.images is not None else lambda: forward(*inputs)
+    return Loaded(run, seconds, record["peak_rss_mb"])
+
+
+def request(workload: Workload, hint: str, int8: bool, threads: int, more: dict | None = None):
+    """An OpenVINO infer request; `more` are further properties. Raises Unavailable.
 
     hint  INFERENCE_PRECISION_HINT: bf16 or f32; int8 graphs run what is not quantized in that precision
     """
@@ -32,19 +43,11 @@ def load(workload: Workload, hint: str, int8: bool, threads: int) -> Loaded:
         raise Unavailable(reason)
     import openvino
 
-    inputs = workload.inputs(0)
-    start = time.perf_counter()
     core = openvino.Core()
     model = core.read_model(openvino_graph.graph_file(workload, int8))
-    model.reshape({port: tuple(t.shape) for port, t in zip(model.inputs, inputs, strict=True)})
+    model.reshape({port: tuple(t.shape) for port, t in zip(model.inputs, workload.inputs(0), strict=True)})
     config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": hint}
-    request = core.compile_model(model, "CPU", config).create_infer_request()
-    del model
-    record = openvino_graph.prepared(workload, int8)
-    seconds = {"export and quantize": record["seconds"], "compile": time.perf_counter() - start}
-    forward = _forward(request)
-    run = diffusers_loop(workload, forward) if workload.images is not None else lambda: forward(*inputs)
-    return Loaded(run, seconds, record["peak_rss_mb"])
+    return core.compile_model(model, "CPU", config | (more or {})).create_infer_request()
 
 
 def _forward(request):
