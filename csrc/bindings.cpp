@@ -15,6 +15,7 @@ void bind_attention(py::module_&);
 void bind_conv2d(py::module_&);
 void bind_copy(py::module_&);
 void bind_gram(py::module_&);
+void bind_group_norm(py::module_&);
 void bind_norm_modulate(py::module_&);
 void bind_linear(py::module_&);
 void bind_philox_normal(py::module_&);
@@ -40,6 +41,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_conv2d(m);
   bind_copy(m);
   bind_gram(m);
+  bind_group_norm(m);
   bind_norm_modulate(m);
   bind_linear(m);
   bind_philox_normal(m);

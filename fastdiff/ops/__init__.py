@@ -6,6 +6,8 @@ from fastdiff.ops.conv2d_w8a8 import conv2d_w8a8
 from fastdiff.ops.copy import copy
 from fastdiff.ops.gated_norm_modulate import gated_norm_modulate
 from fastdiff.ops.gram import gram
+from fastdiff.ops.group_norm import group_norm
+from fastdiff.ops.group_norm_nchw import group_norm_nchw
 from fastdiff.ops.linear import linear
 from fastdiff.ops.linear_w8a8 import linear_w8a8
 from fastdiff.ops.norm_modulate import norm_modulate
@@ -26,6 +28,8 @@ __all__ = [
     "copy",
     "gated_norm_modulate",
     "gram",
+    "group_norm",
+    "group_norm_nchw",
     "linear",
     "linear_w8a8",
     "norm_modulate",
