@@ -34,7 +34,7 @@ TILED = {"linear.cpp", "linear_w8a8.cpp"}  # in csrc/cpu, compiled for AMX as we
 SANITIZE = os.environ.get("FASTDIFF_SANITIZE", "")
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 FLAGS = [
-    *"-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized".split(),
+    *"-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized".split(),
     # bits must not depend on the compiler's choices; a buffer is read as floats and as integers
     *"-ffp-contract=off -fno-math-errno -fno-strict-aliasing".split(),
     f"-ffile-prefix-map={os.getcwd()}=.",

@@ -21,7 +21,7 @@ FASTDIFF_ALWAYS void find_rows(TileRows& t, const Epilogue& e, int64_t first, in
     const int64_t r = first + i;
     t.scale[i] = e.row_scale ? e.row_scale[r * e.row_scale_stride] : 1.0f;
     t.out[i] = (char*)e.out + r * e.out_stride * size_of(e.out_type);
-    if (e.shift) t.shift[i] = e.shift + r / e.rows_per_shift * e.shift_stride;
+    t.shift[i] = e.shift ? e.shift + r / e.rows_per_shift * e.shift_stride : nullptr;
     if (e.gate) t.gate[i] = (const char*)e.gate + r / e.rows_per_gate * e.gate_stride * size_of(e.gate_type);
     if (e.residual) t.residual[i] = (const char*)e.residual + r * e.residual_stride * size_of(e.residual_type);
   }
@@ -35,17 +35,25 @@ FASTDIFF_ALWAYS F32 load_some(const float* from, int64_t column, int64_t n) {
   return load_some((const char*)from, column, kFloat32, n);
 }
 
-FASTDIFF_ALWAYS void store_any(void* to, F32 v, int type, float inverse) {
-  if (type == kInt8) return store(to, to_codes(v * inverse));
-  store_float(to, v, type);
+template <int T>
+FASTDIFF_ALWAYS void store_as(char* to, F32 v, float inverse) {
+  if constexpr (T == kInt8) {
+    store(to, to_codes(v * inverse));
+#if defined(__AVX512BF16__)
+  } else if constexpr (T == kBFloat16) {  // one instruction for seven; rounds what is below 2^-126 to zero
+    store(to, _mm512_cvtneps_pbh((__m512)v));
+#endif
+  } else {
+    store_float(to, v, T);
+  }
 }
 
-FASTDIFF_ALWAYS void store_some(char* row, int64_t column, F32 v, int type, int64_t n, float inverse) {
-  char* to = row + column * size_of(type);
-  if (n >= kFloats) return store_any(to, v, type, inverse);
+template <int T>
+FASTDIFF_ALWAYS void store_some(char* to, F32 v, int64_t n, float inverse) {
+  if (n >= kFloats) return store_as<T>(to, v, inverse);
   alignas(64) char staged[kBytes];
-  store_any(staged, v, type, inverse);
-  memcpy(to, staged, size_t(n * size_of(type)));
+  store_as<T>(staged, v, inverse);
+  memcpy(to, staged, size_t(n * size_of(T)));
 }
 
 template <int A>
@@ -65,30 +73,50 @@ struct Column {
   }
 };
 
-FASTDIFF_ALWAYS F32 scaled(const Epilogue& e, const TileRows& t, int i, const float* sum, const Column& c, int64_t column,
-                           int64_t n) {
-  F32 y = load<F32>(sum) * t.scale[i] * c.scale;
-  if (e.bias) y = y + c.bias;
-  if (e.shift) y = y + load_some(t.shift[i], column, n);
-  return y;
-}
-
-// kFloats columns of the result for all rows: sums of `column`, and for pairs also of column + 16
+// kFloats columns of the sums, for pairs with those of their gates 16 columns on
 template <int A>
+struct Columns {
+  static constexpr bool kPairs = takes_pairs(A);
+  int64_t at, out_at, n;  // n: how many of the result are there
+  Column value, gate;
+
+  __attribute__((always_inline)) Columns(const Epilogue& e, int64_t column, int64_t out_column)
+      : at(column), out_at(out_column), n(e.columns - out_column), value(Column::at(e, at, wide())) {
+    if constexpr (kPairs) gate = Column::at(e, at + 16, wide());
+  }
+  __attribute__((always_inline)) int64_t wide() const { return kPairs ? kFloats : n; }
+
+  template <bool kShifted>
+  __attribute__((always_inline)) F32 scaled(const TileRows& t, int i, const float* sum, const Column& c, int64_t from) const {
+    const F32 y = load<F32>(sum) * t.scale[i] * c.scale + c.bias;
+    return kShifted && t.shift[i] ? y + load_some(t.shift[i], from, wide()) : y;
+  }
+
+  template <bool kShifted>
+  __attribute__((always_inline)) F32 result(const TileRows& t, int i, const float* sum) const {
+    const F32 y = scaled<kShifted>(t, i, sum, value, at);
+    if constexpr (kPairs) return y * activated<A>(scaled<kShifted>(t, i, sum + 16, gate, at + 16));
+    return activated<A>(y);
+  }
+};
+
+template <int A, int T>
 FASTDIFF_ALWAYS void write_columns(const Epilogue& e, const TileRows& t, const float* sums, int64_t ld, int rows,
-                                   int64_t column, int64_t out_column, float inverse) {
-  const int64_t n = e.columns - out_column, m = takes_pairs(A) ? kFloats : n;
-  const Column value = Column::at(e, column, m), gate = takes_pairs(A) ? Column::at(e, column + 16, m) : value;
+                                   const Columns<A>& c, float inverse) {
+  const int64_t bytes = c.out_at * size_of(T);
+  if (c.n >= kFloats && !e.shift && !e.gate && !e.residual) {
+    for (int i = 0; i < rows; ++i) store_as<T>(t.out[i] + bytes, c.template result<false>(t, i, sums + i * ld), inverse);
+    return;
+  }
   for (int i = 0; i < rows; ++i) {
-    F32 y = scaled(e, t, i, sums + i * ld, value, column, m);
-    y = takes_pairs(A) ? y * activated<A>(scaled(e, t, i, sums + i * ld + 16, gate, column + 16, m)) : activated<A>(y);
-    if (e.gate) y = y * load_some(t.gate[i], out_column, e.gate_type, n);
-    if (e.residual) y = y + load_some(t.residual[i], out_column, e.residual_type, n);
-    store_some(t.out[i], out_column, y, e.out_type, n, inverse);
+    F32 y = c.template result<true>(t, i, sums + i * ld);
+    if (e.gate) y = y * load_some(t.gate[i], c.out_at, e.gate_type, c.n);
+    if (e.residual) y = y + load_some(t.residual[i], c.out_at, e.residual_type, c.n);
+    store_some<T>(t.out[i] + bytes, y, c.n, inverse);
   }
 }
 
-template <int A>
+template <int A, int T>
 static __attribute__((noinline)) void write_tile_as(const Epilogue& e, const float* sums, int64_t ld, int64_t row, int rows,
                                                     int64_t panel, int panels) {
   TileRows t;
@@ -99,23 +127,36 @@ static __attribute__((noinline)) void write_tile_as(const Epilogue& e, const flo
     for (int j = 0; j < 16; j += kFloats) {
       const int64_t column = (panel + p) * 16 + j, out_column = (panel + p) / kPer * 16 + j;
       if (out_column >= e.columns) return;
-      write_columns<A>(e, t, sums + p * 16 + j, ld, rows, column, out_column, inverse);
+      write_columns<A, T>(e, t, sums + p * 16 + j, ld, rows, Columns<A>(e, column, out_column), inverse);
     }
   }
 }
 
-// Stores up to kMaxTileRows rows from `row` on and panels [panel, panel + panels) of the sums; both even for pairs.
+using WriteTile = void(const Epilogue& e, const float* sums, int64_t ld, int64_t row, int rows, int64_t panel, int panels);
+
+template <int A>
+FASTDIFF_ALWAYS WriteTile* write_tile_to(int type) {
+  if (type == kInt8) return write_tile_as<A, kInt8>;
+  if (type == kBFloat16) return write_tile_as<A, kBFloat16>;
+  return type == kFloat16 ? write_tile_as<A, kFloat16> : write_tile_as<A, kFloat32>;
+}
+
+// What stores up to kMaxTileRows rows from `row` on and panels [panel, panel + panels) of the sums; both even for pairs.
+static inline WriteTile* tile_writer(const Epilogue& e) {
+  switch (e.activation) {
+    case kGelu: return write_tile_to<kGelu>(e.out_type);
+    case kGeluTanh: return write_tile_to<kGeluTanh>(e.out_type);
+    case kSilu: return write_tile_to<kSilu>(e.out_type);
+    case kGeglu: return write_tile_to<kGeglu>(e.out_type);
+    case kGegluTanh: return write_tile_to<kGegluTanh>(e.out_type);
+    case kSwiglu: return write_tile_to<kSwiglu>(e.out_type);
+    default: return write_tile_to<kLinear>(e.out_type);
+  }
+}
+
 static inline void write_tile(const Epilogue& e, const float* sums, int64_t ld, int64_t row, int rows, int64_t panel,
                               int panels) {
-  switch (e.activation) {
-    case kGelu: return write_tile_as<kGelu>(e, sums, ld, row, rows, panel, panels);
-    case kGeluTanh: return write_tile_as<kGeluTanh>(e, sums, ld, row, rows, panel, panels);
-    case kSilu: return write_tile_as<kSilu>(e, sums, ld, row, rows, panel, panels);
-    case kGeglu: return write_tile_as<kGeglu>(e, sums, ld, row, rows, panel, panels);
-    case kGegluTanh: return write_tile_as<kGegluTanh>(e, sums, ld, row, rows, panel, panels);
-    case kSwiglu: return write_tile_as<kSwiglu>(e, sums, ld, row, rows, panel, panels);
-    default: return write_tile_as<kLinear>(e, sums, ld, row, rows, panel, panels);
-  }
+  tile_writer(e)(e, sums, ld, row, rows, panel, panels);
 }
 
 }  // namespace FASTDIFF_ISA

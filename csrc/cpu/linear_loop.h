@@ -55,6 +55,7 @@ FASTDIFF_ALWAYS void begin_sums(int32_t* first, const Linear& a, int64_t panel) 
 // The product with panels as they lie in memory.
 template <class Kind>
 static void multiply_direct(const Linear& a, const Rows& rows, int64_t steps, const Epilogue& e) {
+  WriteTile* const write = tile_writer(e);
   for_blocks(a, steps * 4, [&](const Block& b) {
     alignas(64) float sums[kMaxTileRows * kUnit * kPanel];
     alignas(64) int32_t first[kUnit * kPanel];
@@ -63,7 +64,7 @@ static void multiply_direct(const Linear& a, const Rows& rows, int64_t steps, co
     for_tiles<Kind::kRows>(b.rows, [&](int64_t row, int count) {
       const Rows tile{rows.base + (b.row + row) * rows.stride, rows.stride};
       multiply<Kind>(count, b.panels, tile, steps, panel, steps * kStep, first, sums, kUnit * kPanel);
-      write_tile(e, sums, kUnit * kPanel, b.row + row, count, b.panel, b.panels);
+      write(e, sums, kUnit * kPanel, b.row + row, count, b.panel, b.panels);
     });
   });
 }

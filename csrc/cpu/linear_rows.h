@@ -61,6 +61,12 @@ static Rows float_rows(const Linear& a, int64_t multiple) {
   return {base, stride};
 }
 
+static inline void shift_codes(char* to, const char* from, int64_t n) {
+  int64_t k = 0;
+  for (; k + kBytes <= n; k += kBytes) store(to + k, load<Bytes>(from + k) ^ uint8_t(kCodeOffset));
+  for (; k < n; ++k) to[k] = char(from[k] ^ kCodeOffset);
+}
+
 // Rows of codes, and in `e` the scales that belong to them.
 static inline Rows code_rows(const Linear& a, Epilogue& e, int64_t multiple) {
   const int64_t padded = (a.inner + multiple - 1) / multiple * multiple, stride = scratch_stride(padded);
@@ -78,13 +84,11 @@ static inline Rows code_rows(const Linear& a, Epilogue& e, int64_t multiple) {
     const char* from = row_of(a, r);
     char* to = base + r * stride;
     if (a.x_type == kInt8) {
-      for (int64_t k = 0; k < a.inner; ++k) to[k] = char(from[k] ^ kCodeOffset);
+      shift_codes(to, from, a.inner);
     } else if (a.x_scale) {
       quantize(to, from, a.x_type, a.inner, fixed, kCodeOffset);
     } else {
-      const RowScale s = row_scale(largest(from, a.x_type, a.inner));
-      scales[r] = s.scale;
-      quantize(to, from, a.x_type, a.inner, s.inverse, kCodeOffset);
+      scales[r] = quantize_row(to, from, a.x_type, a.inner, kCodeOffset);
     }
     memset(to + a.inner, kCodeOffset, size_t(padded - a.inner));
   });

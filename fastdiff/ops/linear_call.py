@@ -68,7 +68,7 @@ def quantize_rows(x: torch.Tensor, x_scale: torch.Tensor | None) -> tuple[torch.
     """Codes and their scales ([..., 1] or [1]) of float rows, in float32: dynamic, or static with a given scale."""
     x = x.float()
     if x_scale is not None:
-        return torch.round(x * (1 / x_scale.float())).clamp(-127, 127), x_scale
+        return torch.round(x * (1 / x_scale.float())).clamp(-127, 127).nan_to_num(-127), x_scale
     amax = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
     scale = torch.where(amax.isfinite(), amax * torch.tensor(1 / 127, dtype=torch.float32), torch.nan)
     inverse = torch.where(amax > 0, torch.full_like(amax, 127) / amax, 0)  # 127 / amax would multiply a reciprocal
@@ -92,8 +92,8 @@ def finish(y, N, bias, activation, gate, residual, out_scale, out_dtype) -> torc
     if residual is not None:
         y = y + residual.to(y.dtype)
     if out_dtype == torch.int8:
-        return torch.round(y * (1 / out_scale)).clamp(-127, 127).nan_to_num(0).to(torch.int8)
-    return y.clone() if y.dtype == torch.float64 else y.to(out_dtype)
+        return torch.round(y * (1 / out_scale)).clamp(-127, 127).nan_to_num(-127).to(torch.int8).contiguous()
+    return y.clone(memory_format=torch.contiguous_format) if y.dtype == torch.float64 else y.to(out_dtype).contiguous()
 
 
 def run(kernel, x, x_scale, weight, weight_scale, weight_sum, group, out_features, bias, activation, gate, residual,
