@@ -1,5 +1,6 @@
 """fastdiff: a kernel-backed sampling engine for diffusion and flow models."""
 
+from fastdiff.accelerate import Report, accelerate, report, undo
 from fastdiff.carry import Carry, Hook
 from fastdiff.guidance import CFG
 from fastdiff.loop import NonFiniteError
@@ -31,6 +32,7 @@ __all__ = [
     "SOLVERS",
     "VE",
     "Cancelled",
+    "Report",
     "Carry",
     "Flow",
     "Hook",
@@ -49,10 +51,13 @@ __all__ = [
     "VPCosine",
     "VPDiscrete",
     "VPLinear",
+    "accelerate",
     "backend",
     "convert",
     "denoiser",
     "discrete_alphas",
     "from_scheduler",
+    "report",
     "solve_adaptive",
+    "undo",
 ]

@@ -9,11 +9,11 @@ from torch import nn
 from fastdiff.models.lower import FAMILIES
 from fastdiff.models.lower.layers import Packer
 from fastdiff.models.lower.lowered import Call, Lowered
-from fastdiff.models.lower.record import MODES, Mode, Record, UnsupportedError
+from fastdiff.models.lower.record import Mode, Record, UnsupportedError
 from fastdiff.ops import native
 from fastdiff.ops.memory import Arena
 from fastdiff.ops.registry import forced_backend
-from fastdiff.program import NotCapturableError, Program
+from fastdiff.program import Program
 
 Tensor = torch.Tensor
 _PROGRAMS = 16  # shapes whose programs are kept
@@ -40,7 +40,7 @@ class Running:
         self.name, self.set_up_s = "", 0.0
         self.calls: Counter[str] = Counter()
         self._lowered: Lowered | None = None
-        self._versions = -1
+        self._watched: list[tuple[dict, str, nn.Parameter, int | None]] = []
         self._lock = threading.RLock()
         self._forget()
 
@@ -79,10 +79,22 @@ class Running:
     @property
     def lowered(self) -> Lowered:
         """The packed model, up to date with the module's parameters."""
-        if self._lowered is None or self.keeps_original and self._versions != _versions(self.module):
+        if self._lowered is None or self.keeps_original and self._changed():
             self._lower()
-            self._versions = _versions(self.module)
+            self._watched = [
+                (layer._parameters, name, p, None if p.is_inference() else p._version)
+                for layer in self.module.modules()
+                for name, p in layer._parameters.items()
+                if p is not None
+            ]
         return self._lowered
+
+    def _changed(self) -> bool:
+        """Whether a parameter was written to in place, or is another one."""
+        for owner, name, p, version in self._watched:
+            if owner[name] is not p or (version is not None and p._version != version):
+                return True
+        return False
 
     def _lower(self) -> None:
         mode, spared, exact_time, keep_original, _ = self.settings
@@ -165,11 +177,3 @@ class Running:
             encoder.load(*context)
             encoder.run()
         return encoder.outputs
-
-
-def _versions(module: nn.Module) -> int:
-    """A number that grows with every change in place of a parameter."""
-    return sum(0 if p.is_inference() else p._version for p in module.parameters())
-
-
-__all__ = ["MODES", "NotCapturableError", "Running"]
