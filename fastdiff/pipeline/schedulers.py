@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fastdiff.pipeline.schedulers_runner import Runner, SchedulerReport
+from fastdiff.pipeline.schedulers_report import SchedulerReport, is_vector
+from fastdiff.pipeline.schedulers_runner import Runner
 from fastdiff.pipeline.schedulers_state import PRIVATE, is_same
 
 _LEADING = ("model_output", "timestep", "sample")
@@ -28,7 +29,9 @@ def as_fast(scheduler: object, *, noise: str = "torch", seed: int | Sequence[int
     if noise not in ("torch", "philox"):
         raise ValueError(f"as_fast: noise must be 'torch' or 'philox', got {noise!r}")
     state = scheduler.__getstate__() if isinstance(scheduler, _Fast) else dict(vars(scheduler))
-    fast = _rebuild(stock_class(type(scheduler)), None if noise == "torch" else seed if isinstance(seed, int) else tuple(seed))
+    fast = _rebuild(
+        stock_class(type(scheduler)), None if noise == "torch" else seed if isinstance(seed, int) else tuple(seed)
+    )
     vars(fast).update({name: _own(value) for name, value in state.items()})
     return fast
 
@@ -41,6 +44,8 @@ def fast_class(stock: type) -> type:
             raise TypeError(f"as_fast: {stock.__name__} has no step(); use it as it is")
         names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
         own = {**names, "step": _step_like(stock), "_fastdiff_stock": stock}
+        if hasattr(stock, "scale_model_input"):
+            own["scale_model_input"] = _scale_like(stock)
         _CLASSES[stock] = type(stock.__name__, (_Fast, stock), own)
     return _CLASSES[stock]
 
@@ -101,6 +106,19 @@ def _step_like(stock: type) -> Callable:
     return step
 
 
+def _scale_like(stock: type) -> Callable:
+    """`scale_model_input` that also takes one timestep per sample."""
+
+    @functools.wraps(stock.scale_model_input)
+    def scale_model_input(self, sample, *args, **options):
+        timestep = args[0] if args else options.get("timestep")
+        if not is_vector(timestep) or len(timestep) != len(sample):
+            return stock.scale_model_input(self, sample, *args, **options)
+        return _runner(self).scale(self.__dict__, sample, timestep)
+
+    return scale_model_input
+
+
 def _runner(scheduler: object) -> Runner:
     attributes = vars(scheduler)
     if PRIVATE not in attributes:
@@ -115,4 +133,8 @@ def _rebuild(stock: type, philox: int | tuple[int, ...] | None) -> object:
 
 
 def _own(value: object) -> object:
-    return copy.deepcopy(value) if isinstance(value, (torch.Tensor, list, dict)) and type(value) in (list, dict, torch.Tensor) else value
+    return (
+        copy.deepcopy(value)
+        if isinstance(value, (torch.Tensor, list, dict)) and type(value) in (list, dict, torch.Tensor)
+        else value
+    )

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from fastdiff.ops.philox_normal import philox_normal
+from fastdiff.pipeline.schedulers_dtypes import dtypes
 from fastdiff.pipeline.schedulers_plan import Plan
-from fastdiff.pipeline.schedulers_probe import dtypes
 from fastdiff.solvers.row import STEP_STREAM
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def execute(runner: "Runner", plan: Plan, output: torch.Tensor, sample: torch.Te
     memory = runner.memory
     dtype, kinds, drawn_in = memory.dtype, None, memory.dtype
     if output.dtype is not dtype or sample.dtype is not dtype:
-        kinds, drawn_in = _kinds(runner, plan, output, sample, call)
+        kinds, drawn_in = kinds_of(runner, plan, output, sample, call)
         sample = sample.to(dtype)
     if not sample.is_contiguous():
         sample = sample.contiguous()
@@ -79,7 +79,7 @@ def _results(plan: Plan, result: torch.Tensor, history: torch.Tensor, others, ki
     return tuple(values) if plan.kind is None else plan.kind(**dict(zip(plan.names, values, strict=True)))
 
 
-def _kinds(runner: "Runner", plan: Plan, output, sample, call: tuple) -> tuple[list, torch.dtype | None]:
+def kinds_of(runner: "Runner", plan: Plan, output, sample, call: tuple) -> tuple[list, torch.dtype | None]:
     """([dtype of each result], dtype in which noise is drawn) for half precision and mixtures."""
     timestep, options = call
     key = plan, output.dtype, sample.dtype
@@ -90,19 +90,25 @@ def _kinds(runner: "Runner", plan: Plan, output, sample, call: tuple) -> tuple[l
     return runner.kinds[key]
 
 
-def _noise(runner: "Runner", plan: Plan, sample: torch.Tensor, noise: Noise, drawn_in: torch.dtype | None) -> torch.Tensor:
+def _noise(
+    runner: "Runner", plan: Plan, sample: torch.Tensor, noise: Noise, drawn_in: torch.dtype | None
+) -> torch.Tensor:
     """Fresh memory with the noise of this step in it, if it is made outside the kernel."""
-    memory = runner.memory
     if plan.noise == "given":
         return noise.given.to(sample.dtype).reshape(sample.shape).clone(memory_format=torch.contiguous_format)
     if runner.philox is not None:
-        _set_seeds(runner, noise.generator)
+        set_seeds(runner, noise.generator)
         if plan.noise == "kernel":
             return torch.empty_like(sample)
-        key = [torch.full((1,), n, dtype=torch.int32, device=sample.device) for n in (plan.node.depth - 1, STEP_STREAM)]
-        z = [philox_normal(memory.seed, key[0].expand(len(sample)).contiguous(), key[1].expand(len(sample)).contiguous(), sample[0].numel())]
-        return z[0].reshape(sample.shape).to(sample.dtype)
+        return counted(runner, [plan.node.depth - 1] * len(sample), sample)
     return draw(sample.shape, noise.generator, drawn_in or torch.float32, sample.device).to(sample.dtype)
+
+
+def counted(runner: "Runner", steps: list[int], like: torch.Tensor) -> torch.Tensor:
+    """Philox noise of these steps, one per sample."""
+    step = torch.tensor(steps, dtype=torch.int32, device=like.device)
+    z = philox_normal(runner.memory.seed, step, torch.full_like(step, STEP_STREAM), like[0].numel())
+    return z.reshape(like.shape).to(like.dtype)
 
 
 def draw(shape: torch.Size, generator, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -113,7 +119,8 @@ def draw(shape: torch.Size, generator, dtype: torch.dtype, device: torch.device)
     return drawn.randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype)
 
 
-def _set_seeds(runner: "Runner", generator) -> None:
+def set_seeds(runner: "Runner", generator) -> None:
+    """Noise keys of the samples: those of the generators, else those given to as_fast."""
     memory, seeds = runner.memory, runner.philox
     if generator is not None:
         seeds = [g.initial_seed() for g in generator] if isinstance(generator, list) else generator.initial_seed()

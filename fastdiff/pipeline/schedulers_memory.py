@@ -1,7 +1,5 @@
 """The memory of a run on one kind of sample: history, rows, and kernel calls bound to addresses."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
@@ -32,7 +30,10 @@ class Memory:
         self.seeds: list[int] = []
         self.seed = torch.zeros(shape[0], dtype=torch.int64, device=device)
         self.native = device.type == "cpu" and native.cpu() is not None
-        self._tick = self.tick.numpy() if self.native else None
+        if self.native:
+            self._tick, self._make = self.tick.numpy(), native.cpu().SolverStep
+            self._code, self._sizes = native.TYPE_CODES[dtype], sizes(torch.empty(shape, device="meta"))
+            self._expected = [], []
         self._bound: dict[tuple, object] = {}
         self._posts: dict[Plan, dict[str, object]] = {}
         self._numbers: dict[Plan, tuple[int, ...]] = {}
@@ -47,6 +48,8 @@ class Memory:
         lines = torch.arange(capacity, dtype=torch.int32, device=self.device)
         self.coef, self.meta = coef, meta
         self.rows = lines[:, None].expand(capacity, self.shape[0]).contiguous()
+        self._fixed = [t.data_ptr() for t in (self.tick, coef, meta, self.rows, self.seed)]
+        self._strides = [*coef.stride(), 0, 0]
         self._bound.clear()
 
     def numbers(self, plan: Plan) -> tuple[int, ...]:
@@ -77,12 +80,11 @@ class Memory:
             self._posts.clear()
 
     def put(self, tensors: list[torch.Tensor]) -> None:
-        """Fills the first slots with these tensors, which may be slots themselves."""
-        more = torch.zeros(len(tensors), *self.shape, dtype=self.dtype, device=self.device)
-        for slot, tensor in zip(more, tensors, strict=True):
-            slot.copy_(tensor)
-        self.need(len(tensors))
-        self.history[: len(tensors)] = more
+        """Begins a history with these tensors, which may be slots of the one before; that one stays as it is."""
+        if tensors:
+            kept, self.history = len(self.history), self.history[:0]
+            self.need(max(kept, len(tensors)))
+            torch.stack([tensor.to(self.dtype) for tensor in tensors], out=self.history[: len(tensors)])
 
     def attributes(self, plan: Plan) -> dict[str, object]:
         """What a scheduler's attributes are after this step: tensors are views of the history."""
@@ -121,27 +123,21 @@ class Memory:
         step = self._bound.get(key)
         if step is None:
             step = self._bind(key)
+            step.expect(*self._expected)
         if not step.run(outputs):
             pairs = [evenly_strided(m) for m in outputs]
             outputs = [m for m, _ in pairs]
-            step.expect(outputs, [(native.TYPE_CODES[m.dtype], m.shape[0], own) for m, own in pairs])
+            self._expected = outputs, [(native.TYPE_CODES[m.dtype], m.shape[0], own) for m, own in pairs]
+            step.expect(*self._expected)
             step.run(outputs)
 
-    def _bind(self, key: tuple) -> Callable:
+    def _bind(self, key: tuple) -> object:
         """The compiled call for these addresses. It holds no tensor: memory that is free may come back with the same address."""
         x, sample, history, slots, copy, kind = key
         if len(self._bound) >= _BOUND:
             self._bound.clear()
-        fixed = [t.data_ptr() for t in (self.coef, self.meta, self.rows, self.seed)]
-        code = native.TYPE_CODES[self.dtype]
-        shape = (*self.shape, 1) if len(self.shape) < 2 else self.shape
-        step = native.cpu().SolverStep(
-            0,
-            [x, history, copy or x, self.tick.data_ptr(), sample, *fixed],
-            [code, code if kind < 0 else kind],
-            [*sizes(torch.empty(shape, device="meta")), slots, int(kind >= 0), len(self.rows), len(self.coef)],
-            [*self.coef.stride(), 0, 0],
-        )
+        code, addresses = self._code, [x, history, copy or x, self._fixed[0], sample, *self._fixed[1:]]
+        size = [*self._sizes, slots, int(kind >= 0), len(self.rows), len(self.coef)]
+        step = self._make(0, addresses, [code, code if kind < 0 else kind], size, self._strides)
         self._bound[key] = step
         return step
-

@@ -115,7 +115,9 @@ class _Watch(TorchFunctionMode):
         return type(value)(self.read(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
-def probe(cls: type, state: Mapping[str, object], timestep: object, options: Mapping[str, object], dim: int) -> Response:
+def probe(
+    cls: type, state: Mapping[str, object], timestep: object, options: Mapping[str, object], dim: int
+) -> Response:
     """What `cls.step` computes in this state. The state's tensors on the CPU, those like the sample as `Ref`.
 
     Runs twice: with exact sums, for the weights, and in float32: where that is far off, rounding decides what the scheduler
@@ -124,7 +126,9 @@ def probe(cls: type, state: Mapping[str, object], timestep: object, options: Map
     watch, twin, result = _run(cls, state, timestep, options, dim, exact=True)
     response = _response(watch, result)
     if len(watch.clamped) > 1 or watch.draws > 1:
-        raise NotAffineError(f"it clamps {len(watch.clamped)} times and draws noise {watch.draws} times; once is possible")
+        raise NotAffineError(
+            f"it clamps {len(watch.clamped)} times and draws noise {watch.draws} times; once is possible"
+        )
     response.draws = watch.draws == 1
     if watch.clamped:
         value, low, high = watch.clamped[0]
@@ -197,27 +201,3 @@ def _check_rounding(exact: object, rounded: object) -> None:
     off = float((a - b).abs().max() / a.abs().max().clamp(min=1e-30))
     if not off <= _STABLE:
         raise NotAffineError(f"its own float32 rounding changes this result by {off:.0e}")
-
-
-def dtypes(cls, state, timestep, options, dim: int, output: torch.dtype, sample: torch.dtype) -> tuple[list, torch.dtype | None]:
-    """([dtype of each result], dtype of the noise) of a step with a model output and a sample of these dtypes."""
-    drawn: list[torch.dtype] = []
-    shape = [1] * (dim - 1) + [4]
-
-    class Draws(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            made = func(*args, **(kwargs or {}))
-            if getattr(func, "__name__", "") in _DRAWS:
-                drawn.append(made.dtype)
-            return made
-
-    twin = object.__new__(cls)
-    vars(twin).update({k: fill(v, lambda ref: torch.zeros(shape, dtype=output)) for k, v in state.items()})
-    noise = {"variance_noise": torch.zeros(shape, dtype=output)} if options.get("variance_noise") else {}
-    given = {**options, **noise}
-    if "generator" in given:
-        given["generator"] = torch.Generator()
-    with torch.no_grad(), Draws():
-        result = cls.step(twin, torch.zeros(shape, dtype=output), timestep, torch.zeros(shape, dtype=sample), **given)
-    values = list(result) if isinstance(result, tuple) else [getattr(result, n) for n in inspect.signature(type(result)).parameters]
-    return [v.dtype if isinstance(v, torch.Tensor) else None for v in values], drawn[0] if drawn else None

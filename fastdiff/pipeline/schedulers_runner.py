@@ -1,36 +1,18 @@
 """Runs a scheduler's steps: finds the plan of a step, gives it memory and noise, and keeps the attributes as they should be."""
 
-from collections import Counter
-from dataclasses import dataclass, field
-
 import torch
 
-from fastdiff.ops.native import TYPE_CODES
+from fastdiff.pipeline.schedulers_build import make_plan
 from fastdiff.pipeline.schedulers_execute import Noise, execute
 from fastdiff.pipeline.schedulers_memory import Memory
-from fastdiff.pipeline.schedulers_plan import LostError, Node, Plan, make_plan, references
+from fastdiff.pipeline.schedulers_plan import LostError, Node, Plan, references
 from fastdiff.pipeline.schedulers_probe import NotAffineError, Ref, fill, probe
+from fastdiff.pipeline.schedulers_report import Refusal, SchedulerReport, accept, is_vector
+from fastdiff.pipeline.schedulers_rows import Rows
 from fastdiff.pipeline.schedulers_state import TRIMMED, Attributes
 
 _PATIENCE = 3  # steps in a row that cannot be planned before a schedule is left to the scheduler
 _SCHEDULES, _ROWS = 32, 4096
-
-
-@dataclass
-class SchedulerReport:
-    """What ran: `fused` steps on the kernel, and how many steps the scheduler's own code did, by reason."""
-
-    scheduler: str
-    fused: int = 0
-    stock: Counter = field(default_factory=Counter)
-
-    def __str__(self) -> str:
-        lines = [f"{self.scheduler}: {self.fused} steps on the fused kernel, {self.stock.total()} on diffusers' own code"]
-        return "\n".join([*lines, *(f"  {count} x {reason}" for reason, count in self.stock.items())])
-
-
-class Refusal(Exception):
-    """Why a step is left to the scheduler's own code."""
 
 
 class Runner:
@@ -49,6 +31,7 @@ class Runner:
         self.node: Node | None = None
         self.roots: dict[tuple, Node] = {}
         self.kinds: dict[tuple, tuple] = {}
+        self.rows = Rows(self)
 
     def step(self, scheduler, output, timestep, sample, options: dict):
         """The scheduler's `step`, on the kernel where it can be."""
@@ -63,18 +46,19 @@ class Runner:
         return result
 
     def _fused(self, attributes: dict, output, timestep, sample, options: dict):
-        self._accept(output, sample)
-        generator, given = options.pop("generator", None), options.pop("variance_noise", None)
-        if given is not None:
-            options["variance_noise"] = True
+        generator = given = None
+        if options:
+            generator, given = options.pop("generator", None), options.pop("variance_noise", None)
+            if given is not None:
+                options["variance_noise"] = True
         memory = self.memory
-        if memory is None or sample.shape != memory.shape or sample.device != memory.device:
-            if "noise_sampler" in attributes:
-                raise Refusal("its noise comes from a Brownian tree")
-            memory = self._new_memory(attributes, output, sample)
-        if self.dirty or self.attributes.edited():
-            self._resync(attributes, sample)
-        plan = self._plan(timestep, options, sample.dim())
+        if memory is None or not self._is_usual(memory, output, sample):
+            memory = self._prepare(attributes, output, sample)
+        if self.dirty or (self.rows.nodes and not is_vector(timestep)) or self.attributes.edited():
+            self._resync(attributes, sample.shape)
+        if is_vector(timestep) and len(timestep) == len(sample):
+            return self.rows.step(output, timestep, sample, Noise(generator, given), options)
+        plan = self.plan(self.node, timestep, options, sample.dim())
         if isinstance(plan, str):
             raise Refusal(plan)
         result = execute(self, plan, output, sample, Noise(generator, given), (timestep, options))
@@ -84,32 +68,43 @@ class Runner:
         self.node = plan.node
         return result
 
-    def _accept(self, output, sample) -> None:
-        if type(sample) is not torch.Tensor or type(output) is not torch.Tensor:
-            raise Refusal("the sample or the model's output is not a plain tensor")
-        if output.shape != sample.shape or sample.dim() < 2 or not sample.numel():
-            raise Refusal(f"shapes {list(output.shape)} and {list(sample.shape)} differ, are empty or have one dimension")
-        if output.dtype not in TYPE_CODES or sample.dtype not in TYPE_CODES or output.device != sample.device:
-            raise Refusal(f"dtypes {output.dtype} and {sample.dtype} or devices of the tensors")
-        if (output.requires_grad or sample.requires_grad) and torch.is_grad_enabled():
-            raise Refusal("gradients are recorded")
-        if torch.compiler.is_compiling():
-            raise Refusal("torch.compile traces it")
-        if sample.device.type not in ("cpu", "cuda"):
-            raise Refusal(f"no kernels for device {sample.device.type}")
+    def scale(self, attributes: dict, sample, timestep):
+        """`scale_model_input` for one timestep per sample."""
+        memory = self._prepare(attributes, sample, sample)
+        if self.dirty or self.attributes.edited():
+            self._resync(attributes, memory.shape)
+        return self.rows.scale(sample, timestep)
 
-    def _new_memory(self, attributes: dict, output, sample) -> Memory:
-        self.restore(attributes)
-        wide = torch.float64 in (output.dtype, sample.dtype)
-        self.memory = Memory(sample.shape, torch.float64 if wide else torch.float32, sample.device)
-        self.dirty = True
-        return self.memory
+    @staticmethod
+    def _is_usual(memory: Memory, output, sample) -> bool:
+        """Whether the tensors are as at the step before and need no closer look."""
+        if type(sample) is not torch.Tensor or type(output) is not torch.Tensor or sample.dtype is not memory.dtype:
+            return False
+        if output.dtype is not memory.dtype or sample.shape != memory.shape or output.shape != memory.shape:
+            return False
+        if output.device != memory.device or sample.device != memory.device or torch.is_grad_enabled():
+            return False
+        return not torch.compiler.is_compiling()
 
-    def _resync(self, attributes: dict, sample) -> None:
+    def _prepare(self, attributes: dict, output, sample) -> Memory:
+        """Looks closely at the tensors; memory for them."""
+        accept(output, sample)
+        if "noise_sampler" in attributes:
+            raise Refusal("its noise comes from a Brownian tree")
+        memory = self.memory
+        dtype = torch.float64 if torch.float64 in (output.dtype, sample.dtype) else torch.float32
+        if memory is None or (sample.shape, dtype, sample.device) != (memory.shape, memory.dtype, memory.device):
+            self.restore(attributes)
+            memory = self.memory = Memory(sample.shape, dtype, sample.device)
+            self.dirty = True
+        return memory
+
+    def _resync(self, attributes: dict, shape: torch.Size) -> None:
         """Finds where the scheduler stands from its attributes, as after `set_timesteps`."""
         self.restore(attributes)
         self.node = None
-        key, state, tensors, tables = self.attributes.read(attributes, sample.shape)
+        self.rows.nodes.clear()
+        key, state, tensors, tables = self.attributes.read(attributes, shape)
         if len(tensors) > 5:
             raise Refusal("it remembers more than five tensors")
         if tables != self.tables:
@@ -149,29 +144,28 @@ class Runner:
             total.sub_(self.memory.views[slot], alpha=weight)
         return total.div_(known.weights[0])
 
-    def _plan(self, timestep, options: dict, dim: int) -> Plan | str:
-        """The plan of this step, made once; a reason where there is none."""
+    def plan(self, node: Node, timestep, options: dict, dim: int) -> Plan | str:
+        """The plan of the step after `node`, made once; a reason where there is none."""
         try:
             at = self.attributes.time(timestep)
             key = (at, *sorted(options.items())) if options else at
-            plan = self.node.next.get(key)
+            plan = node.next.get(key)
         except (TypeError, RuntimeError):
-            raise Refusal(f"arguments {sorted(options)} hold tensors") from None
+            raise Refusal(f"arguments hold tensors: timestep, {', '.join(sorted(options))}") from None
         if plan is None:
             if self.failures >= _PATIENCE:
                 return self.reason
-            plan = self.node.next[key] = self._make(timestep, options, dim)
+            plan = node.next[key] = self._make(node, timestep, options, dim)
             self.failures = self.failures + 1 if isinstance(plan, str) else 0
             self.reason = plan
         return plan
 
-    def _make(self, timestep, options: dict, dim: int) -> Plan | str:
+    def _make(self, node: Node, timestep, options: dict, dim: int) -> Plan | str:
         try:
-            when = self.attributes.as_argument(timestep)
-            response = probe(self.stock, self.node.state, when, options, dim)
+            response = probe(self.stock, node.state, self.attributes.as_argument(timestep), options, dim)
             for name in TRIMMED.keys() & response.tensors.keys():
                 response.tensors[name] = response.tensors[name][-TRIMMED[name] :]
-            plan = make_plan(self.node, response, self.philox is not None)
+            plan = make_plan(node, response, self.philox is not None)
         except NotAffineError as error:
             return str(error)
         except LostError:

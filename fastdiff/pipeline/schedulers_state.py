@@ -87,7 +87,8 @@ class Attributes:
             place, off = divmod(timestep.data_ptr() - self._first, self._stride)
             if 0 <= place < self._count and off == 0 and timestep.dtype is self._dtype:
                 return self.times[place]
-        return str(timestep.dtype), timestep.item()
+        value = timestep.item()
+        return value if timestep.dtype is self._dtype and value in self.times else (str(timestep.dtype), value)
 
     def as_argument(self, timestep: object) -> object:
         """A timestep argument as its own step sees it, on the CPU."""

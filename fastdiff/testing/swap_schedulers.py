@@ -17,7 +17,8 @@ _originals: list[tuple[object, str, object]] = []
 class _Collected(schedulers_runner.SchedulerReport):
     """A report that the summary counts."""
 
-    def __post_init__(self):
+    def __init__(self, *args):
+        super().__init__(*args)
         _reports.append(self)
 
 
