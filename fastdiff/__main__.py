@@ -9,6 +9,8 @@ COMMANDS = {
     "sample": "sample images from a model into a PNG grid",
     "verify": "measure every solver against exact solutions or diffusers",
     "bench": "time kernels against their peers",
+    "quantize": "quantize a model by a recipe and report its quality",
+    "compare": "compare two models from equal noise",
 }
 
 

@@ -76,23 +76,33 @@ def load_model(path_or_name: str | os.PathLike, dtype: torch.dtype = torch.float
     Nothing in the folder can run code or lead out of it: names are fixed, symlinks are refused. Raises CheckpointError
     for weights and ValueError for settings that are wrong or not supported.
     """
+    inner, scheduler = model_folders(path_or_name)
+    with ModelFolder(inner) as files:
+        net, config = _load_network(files, MODELS, dtype)
+    settings = scheduler_settings(scheduler)
+    return LoadedModel(net, config, prediction_of(settings), settings, str(path_or_name))
+
+
+def model_folders(path_or_name: str | os.PathLike) -> tuple[Path, Path]:
+    """The folder of the network's files and that of the scheduler's settings, which may not exist."""
     folder = _find_folder(str(path_or_name))
     parts = [part for part in ("transformer", "unet") if (folder / part).is_dir()]
     if len(parts) > 1:
         raise ValueError(f"load_model: {folder} has both transformer and unet; give one of them")
-    with _Folder(folder / parts[0] if parts else folder) as files:
-        net, config = _load_network(files, MODELS, dtype)
-    scheduler = folder / "scheduler" if parts else folder.parent / "scheduler"
-    settings: dict[str, Any] = {}
-    if scheduler.is_dir():
-        with _Folder(scheduler) as files:
-            settings = files.read_json("scheduler_config.json")
-    return LoadedModel(net, config, _prediction(settings), settings, str(path_or_name))
+    return (folder / parts[0], folder / "scheduler") if parts else (folder, folder.parent / "scheduler")
+
+
+def scheduler_settings(folder: Path) -> dict[str, Any]:
+    """The scheduler_config.json of the folder, empty where there is no folder."""
+    if not folder.is_dir():
+        return {}
+    with ModelFolder(folder) as files:
+        return files.read_json("scheduler_config.json")
 
 
 def load_classifier(folder: str | os.PathLike = BUNDLED / "classifier") -> Classifier:
     """Read the classifier whose features `bench.quality` compares, in float32."""
-    with _Folder(Path(folder)) as files:
+    with ModelFolder(Path(folder)) as files:
         return _load_network(files, CLASSIFIERS, torch.float32)[0]
 
 
@@ -113,13 +123,13 @@ def load_weights(net: nn.Module, tensors: dict[str, Tensor], file: str | os.Path
     net.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
 
 
-class _Folder:
+class ModelFolder:
     """Opens regular files of one folder by plain name, relative to its descriptor and without following links."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __enter__(self) -> "_Folder":
+    def __enter__(self) -> "ModelFolder":
         self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         return self
 
@@ -168,7 +178,7 @@ def _find_folder(name: str) -> Path:
     return Path(name)
 
 
-def _load_network(files: _Folder, table: Table, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load_network(files: ModelFolder, table: Table, dtype: torch.dtype) -> tuple[Any, Any]:
     values = files.read_json("config.json")
     class_name = values.get("_class_name")
     if not isinstance(class_name, str) or class_name not in table:
@@ -184,7 +194,8 @@ def _load_network(files: _Folder, table: Table, dtype: torch.dtype) -> tuple[Any
     return net.eval(), config
 
 
-def _prediction(settings: dict[str, Any]) -> str:
+def prediction_of(settings: dict[str, Any]) -> str:
+    """What the network predicts according to a scheduler_config.json, a key of process.PREDICTIONS."""
     kind = settings.get("prediction_type", "epsilon")
     if "FlowMatch" in str(settings.get("_class_name")):
         return "flow"

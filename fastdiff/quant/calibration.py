@@ -145,3 +145,6 @@ def one_time(sampler: Any, shape: Sequence[int], *, t: float, seed: int = 0, **s
 
 def _select(full: CalibrationSet, keep: Tensor, times: Tensor) -> CalibrationSet:
     return CalibrationSet(full.x[keep], full.t[keep], {k: v[keep] for k, v in full.cond.items()}, times)
+
+
+SETS = {"all_steps": all_steps, "ndtc": ndtc, "one_time": one_time}

@@ -19,7 +19,7 @@ class QLayer(nn.Module):
 
     weight           int8 or float8 [N, K] (convolutions [N, kh, kw, C]), or uint8 [N, K / 2] with two 4-bit codes a byte
     weight_scale     float32 [N], or [N, K / group]
-    weight_zero      uint8 like weight_scale, or None;  weight_scale2  float32 [], or None
+    weight_zero      uint8 like weight_scale, or None;  weight_scale2  float32 [1], or None
     bias             float32 [N], or None
     input_scale      float32 [1] or [S] (per step), or None for dynamic or unquantized activations
     input_zero       uint8 like input_scale, or None
@@ -39,7 +39,7 @@ class QLayer(nn.Module):
         self.register_buffer("weight_scale", (scale[:, 0] if flat else scale).float().contiguous())
         values = {
             "weight_zero": None if zero is None else (zero[:, 0] if flat else zero).contiguous(),
-            "weight_scale2": quantized.scale2,
+            "weight_scale2": None if quantized.scale2 is None else quantized.scale2.reshape(1),
             "bias": None if bias is None else bias.detach().float().clone(),
         }
         for name in _OPTIONAL:

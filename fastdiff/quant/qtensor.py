@@ -21,7 +21,7 @@ class QTensor:
     scale   [N, K / group] float32
     zero    [N, K / group] uint8, or None
     spec    the setting that made it
-    scale2  [] float32, the scale of the scales of nvfp4, or None
+    scale2  [] or [1] float32, the scale of the scales of nvfp4, or None
     """
 
     codes: Tensor

@@ -1,0 +1,115 @@
+"""Quantizing a loaded model by a recipe, and measuring it against the original: what the command line does."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastdiff.models.load import LoadedModel
+from fastdiff.quant import Quantized, quantize
+from fastdiff.quant.calibration import SETS, CalibrationSet
+from fastdiff.quant.config import encode
+from fastdiff.quant.evaluate import check_gate, evaluate, layer_sqnr_db
+from fastdiff.quant.quantize import Store
+from fastdiff.quant.recipes import Calibration, Recipe, recipe_of
+from fastdiff.quant.report import describe, layer_to_spare
+from fastdiff.sampler import Sampler
+from fastdiff.solvers.compat import process_of
+
+Tensor = torch.Tensor
+
+_LAYER_SAMPLES = 4  # trajectories that the output of every layer is compared on
+
+
+def sampler_of(model: LoadedModel) -> Sampler:
+    """A sampler for the model's own process and prediction."""
+    return Sampler(model.net, prediction=model.prediction, process=process_of(model.scheduler_config))
+
+
+def conditions(model: LoadedModel, rows: Sequence[int]) -> dict[str, Any]:
+    """`cond` for these samples: the classes take turns; nothing for an unconditional model."""
+    if model.num_classes is None:
+        return {}
+    return {"cond": {"class_labels": torch.tensor([row % model.num_classes for row in rows])}}
+
+
+def calibrate(model: LoadedModel, wanted: Calibration, seed: int = 0) -> CalibrationSet:
+    """Draws the calibration set of a recipe with the model itself."""
+    if wanted.kind not in SETS:
+        raise ValueError(f"calibrate: unknown kind {wanted.kind!r}; known are {', '.join(SETS)}")
+    shape = (wanted.samples, model.channels, model.size, model.size)
+    settings = {
+        "solver": wanted.solver,
+        "steps": wanted.steps,
+        "seed": seed,
+        **conditions(model, range(wanted.samples)),
+    }
+    return SETS[wanted.kind](sampler_of(model), shape, **settings, **dict(wanted.options))
+
+
+def quantize_model(
+    model: LoadedModel,
+    recipe: str | Recipe,
+    data: CalibrationSet | None = None,
+    *,
+    seed: int = 0,
+    spare: Sequence[str] = (),
+    store: Store | None = None,
+    keep_originals: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Quantized:
+    """Quantizes the model's network in place; draws the recipe's calibration set unless `data` is given.
+
+    spare  patterns of further layers that stay in floating point
+    """
+    recipe = recipe_of(recipe)
+    if data is None and recipe.calibration is not None:
+        data = calibrate(model, recipe.calibration, seed)
+    config = replace(recipe.config, spared=(*recipe.config.spared, *spare))
+    if data is not None:
+        used = {"recipe": recipe.name, "seed": seed, "sha256": data.digest(), "rows": len(data)}
+        config = replace(config, calibration=used | encode(recipe.calibration or Calibration()).copy())
+    return quantize(model.net, config, data, store=store, keep_originals=keep_originals, progress=progress)
+
+
+def measure(
+    reference: LoadedModel,
+    quantized: LoadedModel,
+    made: Quantized | None = None,
+    *,
+    samples: int = 16,
+    solver: str = "ddim",
+    steps: int = 20,
+    seed: int = 0,
+    gate: dict[str, float] | None = None,
+) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+    """The report of `quantized` against `reference` from equal noise, and both sets of pictures.
+
+    made  what `quantize` returned, for the figures of the layers;  gate  lower bounds on figures of the report
+    """
+    begin = time.perf_counter()
+    shape = (samples, reference.channels, reference.size, reference.size)
+    settings = {"solver": solver, "steps": steps, "seed": seed, **conditions(reference, range(samples))}
+    report = evaluate(sampler_of(reference), sampler_of(quantized), shape, **settings)
+    images = report.pop("images")
+    report |= {"model": quantized.name, "reference": reference.name, "samples": samples, "solver": solver}
+    report |= {"sampling_steps": steps, "seed": seed, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    report["bytes_reference"] = _bytes(reference.net)
+    report["bytes"] = _bytes(quantized.net)
+    if made is not None:
+        report |= describe(made)
+        few = Calibration(samples=_LAYER_SAMPLES, steps=steps, solver=solver, options=(("every", max(1, steps // 4)),))
+        names = [record.name for record in made.layers if record.scheme is not None]
+        report["output_sqnr_db"] = layer_sqnr_db(
+            reference.net, quantized.net, names, calibrate(reference, few, seed + 1), made.steps
+        )
+    report["failures"] = check_gate(report, gate or {})
+    report["spare"] = layer_to_spare(report) if report["failures"] else None
+    report["seconds"] = round(time.perf_counter() - begin, 2)
+    return report, images
+
+
+def _bytes(net: torch.nn.Module) -> int:
+    return sum(t.nbytes for t in (*net.parameters(), *net.buffers()))
