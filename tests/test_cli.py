@@ -21,7 +21,7 @@ def test_info_says_why_a_kernel_cannot_run(capsys):
     assert set(found["kernels"]) >= {"solver_step", "gram", "philox_normal"}
     for variants in found["kernels"].values():
         assert variants["reference"] == ""
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_available() and "cuda" in variants:
             assert "torch sees no CUDA GPU" in variants["cuda"]
     assert main(["info"]) in (0, 1)
     assert "solver_step:" in capsys.readouterr().out
