@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 
 from bench.fashion_mnist import DEFAULT_FOLDER, load_split, to_unit_range
+from fastdiff.accelerate import accelerate
 from fastdiff.images import grid, save_png
 from fastdiff.models.classifier import Classifier
 from fastdiff.models.load import LoadedModel, load_classifier, load_model
+from fastdiff.models.lower.record import MODES
 from fastdiff.sampler import Sampler
 from fastdiff.solvers.compat import process_of
 
@@ -100,6 +102,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--solver", default="dpmpp-2m")
     parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument(
+        "--mode", default="none", choices=["none", *MODES], help="fastdiff.accelerate the network first"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--data", type=Path, default=DEFAULT_FOLDER)
@@ -107,9 +112,11 @@ def main() -> None:
     args = parser.parse_args()
     model, net = load_model(args.model), load_classifier()
     settings = {"solver": args.solver, "steps": args.steps, "guidance": args.guidance}
+    if args.mode != "none":
+        accelerate(model.net, args.mode)
     start = time.perf_counter()
     images, labels = sample(model, args.samples, args.batch, args.seed, **settings)
-    report = {"model": args.model, "samples": args.samples, **settings, "seed": args.seed}
+    report = {"model": args.model, "samples": args.samples, **settings, "mode": args.mode, "seed": args.seed}
     report["seconds"] = round(time.perf_counter() - start, 1)
     report["frechet"] = round(quality(images, args.data, net), 4)
     report["floor"] = round(floor(args.samples, args.data, net), 4)
