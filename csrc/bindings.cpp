@@ -11,16 +11,19 @@
 namespace py = pybind11;
 namespace fastdiff {
 
+void bind_activate(py::module_&);
 void bind_attention(py::module_&);
 void bind_conv2d(py::module_&);
 void bind_copy(py::module_&);
 void bind_gram(py::module_&);
 void bind_group_norm(py::module_&);
-void bind_norm_modulate(py::module_&);
 void bind_linear(py::module_&);
+void bind_norm_modulate(py::module_&);
 void bind_philox_normal(py::module_&);
 void bind_program(py::module_&);
+void bind_qk_norm_rope(py::module_&);
 void bind_quantize_rows(py::module_&);
+void bind_resample(py::module_&);
 void bind_solver_step(py::module_&);
 
 namespace {
@@ -37,16 +40,19 @@ void stream_triad_cpu(uintptr_t out, uintptr_t a, uintptr_t b, int64_t n) {
 PYBIND11_MODULE(_cpu, m) {
   using namespace fastdiff;
   m.doc() = "CPU kernels of fastdiff; call them through fastdiff.ops";
+  bind_activate(m);
   bind_attention(m);
   bind_conv2d(m);
   bind_copy(m);
   bind_gram(m);
   bind_group_norm(m);
-  bind_norm_modulate(m);
   bind_linear(m);
+  bind_norm_modulate(m);
   bind_philox_normal(m);
   bind_program(m);
+  bind_qk_norm_rope(m);
   bind_quantize_rows(m);
+  bind_resample(m);
   bind_solver_step(m);
   m.def("stream_triad", &stream_triad_cpu);
 

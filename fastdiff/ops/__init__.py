@@ -1,10 +1,12 @@
 """Operations with one contract and several implementations each."""
 
+from fastdiff.ops.activate import activate
 from fastdiff.ops.attention import attention, attention_lse
 from fastdiff.ops.conv2d import conv2d
 from fastdiff.ops.conv2d_w8a8 import conv2d_w8a8
 from fastdiff.ops.copy import copy
 from fastdiff.ops.gated_norm_modulate import gated_norm_modulate
+from fastdiff.ops.geglu import geglu
 from fastdiff.ops.gram import gram
 from fastdiff.ops.group_norm import group_norm
 from fastdiff.ops.group_norm_nchw import group_norm_nchw
@@ -13,13 +15,16 @@ from fastdiff.ops.linear_w8a8 import linear_w8a8
 from fastdiff.ops.norm_modulate import norm_modulate
 from fastdiff.ops.norm_modulate_int8 import norm_modulate_int8
 from fastdiff.ops.philox_normal import philox_normal
+from fastdiff.ops.qk_norm_rope import qk_norm_rope
 from fastdiff.ops.quantize_rows import quantize_rows
 from fastdiff.ops.registry import OPS, Op, backend
+from fastdiff.ops.resample import resample
 from fastdiff.ops.solver_step import solver_step
 
 __all__ = [
     "OPS",
     "Op",
+    "activate",
     "attention",
     "attention_lse",
     "backend",
@@ -27,6 +32,7 @@ __all__ = [
     "conv2d_w8a8",
     "copy",
     "gated_norm_modulate",
+    "geglu",
     "gram",
     "group_norm",
     "group_norm_nchw",
@@ -35,6 +41,8 @@ __all__ = [
     "norm_modulate",
     "norm_modulate_int8",
     "philox_normal",
+    "qk_norm_rope",
     "quantize_rows",
+    "resample",
     "solver_step",
 ]
