@@ -76,7 +76,7 @@ void write_lse(const Attention& t, const Head& h, int64_t b, int64_t head, int64
       F32 dot = {};
       for (int64_t d = 0; d < t.dim; d += kFloats)
         dot = dot + load_some(q + d * size_of(t.type), t.dim - d, t.type) * load<F32>(h.mean + d);
-      value += t.scale * across(dot, false);
+      value += t.scale * sum_of(dot);
     }
     t.lse[(b * t.heads + head) * t.queries + q0 + i] = value;
   }

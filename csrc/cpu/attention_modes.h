@@ -99,10 +99,11 @@ struct CodeMode {
   FASTDIFF_ALWAYS Sum start(int32_t first) { return I32{} + first; }
   FASTDIFF_ALWAYS F32 to_float(Sum sum) { return __builtin_convertvector(sum, F32); }
   FASTDIFF_ALWAYS U32 row(const F32 (&parts)[4]) {
-    uint32_t units[16];
-    for (int i = 0; i < 4; ++i)
-      _mm_storeu_si128((__m128i*)(units + 4 * i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)parts[i])));
-    return load<U32>(units);
+    __m128i bytes[4];
+    FASTDIFF_UNROLL for (int i = 0; i < 4; ++i) bytes[i] = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)parts[i]));
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(bytes[0]), bytes[1], 1);
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(bytes[2]), bytes[3], 1);
+    return (U32)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
   }
   FASTDIFF_ALWAYS U32 join(const F32 (&rows)[4]) {
     __m512i code[4];

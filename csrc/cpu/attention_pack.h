@@ -66,16 +66,52 @@ FASTDIFF_ALWAYS const char* element(const Attention::Operand& x, int type, int64
   return (const char*)x.data + (b * x.batch + token * x.token + head * x.head) * size_of(type);
 }
 
-// n < kFloats elements, zeros after them
-static __attribute__((noinline)) F32 load_tail(const char* from, int64_t n, int type) {
+// n elements, zeros after them where n < kFloats
+#if defined(__AVX512F__)
+FASTDIFF_ALWAYS F32 load_some(const char* from, int64_t n, int type) {
+  const __mmask16 kept = n >= 16 ? 0xffff : n <= 0 ? 0 : __mmask16((1u << n) - 1);
+  if (type == kFloat32) return (F32)_mm512_maskz_loadu_ps(kept, from);
+  const __m256i half = _mm256_maskz_loadu_epi16(kept, from);
+  if (type == kFloat16) return (F32)_mm512_cvtph_ps(half);
+  return (F32)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+}
+
+FASTDIFF_ALWAYS void store_some(char* to, F32 value, int64_t n, int type) {
+  const __mmask16 kept = n >= 16 ? 0xffff : __mmask16((1u << n) - 1);
+  if (type == kFloat32) return _mm512_mask_storeu_ps(to, kept, (__m512)value);
+  const __m256i half = type == kFloat16 ? _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT)
+                                        : (__m256i)_mm512_cvtneps_pbh((__m512)value);
+  _mm256_mask_storeu_epi16(to, kept, half);
+}
+
+FASTDIFF_ALWAYS float largest_of(F32 v) { return _mm512_reduce_max_ps((__m512)v); }
+FASTDIFF_ALWAYS float sum_of(F32 v) { return _mm512_reduce_add_ps((__m512)v); }
+#else
+FASTDIFF_ALWAYS F32 load_some(const char* from, int64_t n, int type) {
+  if (n >= kFloats) return load_float(from, type);
   alignas(64) float part[kFloats] = {};
   if (n > 0) memcpy(part, from, size_t(n * size_of(type)));
   return load_float(part, type);
 }
 
-FASTDIFF_ALWAYS F32 load_some(const char* from, int64_t n, int type) {
-  return n >= kFloats ? load_float(from, type) : load_tail(from, n, type);
+FASTDIFF_ALWAYS void store_some(char* to, F32 value, int64_t n, int type) {
+  if (n >= kFloats) return store_float(to, value, type);
+  alignas(64) float part[kFloats];
+  store_float(part, value, type);
+  memcpy(to, part, size_t(n * size_of(type)));
 }
+
+FASTDIFF_ALWAYS float largest_of(F32 v) {
+  float out = v[0];
+  for (int i = 1; i < kFloats; ++i) out = v[i] > out ? v[i] : out;
+  return out;
+}
+FASTDIFF_ALWAYS float sum_of(F32 v) {
+  float out = v[0];
+  for (int i = 1; i < kFloats; ++i) out += v[i];
+  return out;
+}
+#endif
 
 // Elements [first, first + kFloats * kStep) of a row of `dim`, minus shift (or null), times factor.
 template <class Mode>
@@ -90,12 +126,6 @@ FASTDIFF_ALWAYS U32 row_units(const char* row, int64_t first, int64_t dim, int t
   return Mode::row(parts);
 }
 
-FASTDIFF_ALWAYS float across(F32 v, bool largest) {
-  float out = v[0];
-  for (int i = 1; i < kFloats; ++i) out = largest ? (v[i] > out ? v[i] : out) : out + v[i];
-  return out;
-}
-
 // Largest magnitude of row - shift; NaN where an element is not finite.
 static float magnitude(const char* row, int64_t dim, int type, const float* shift) {
   F32 most = {}, poison = {};
@@ -105,22 +135,18 @@ static float magnitude(const char* row, int64_t dim, int type, const float* shif
     most = larger(larger(x, -x), most);
     poison = poison + x * 0.0f;
   }
-  return across(most, true) + across(poison, false);
+  return largest_of(most) + sum_of(poison);
 }
 
 FASTDIFF_ALWAYS float inverse(float amax) { return amax > 0 ? 127.0f / amax : 0.0f; }
 
-// Sum of the codes in n bytes.
-FASTDIFF_ALWAYS int32_t sum_codes(const uint32_t* units, int64_t n) {
-  int32_t sum = 0;
-  const int8_t* codes = (const int8_t*)units;
-  for (int64_t i = 0; i < n; ++i) sum += codes[i];
-  return sum;
-}
-
 FASTDIFF_ALWAYS void store_units(uint32_t* to, U32 units, int64_t n) {
   if (n >= kFloats) return store(to, units);
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_epi32(to, __mmask16((1u << n) - 1), (__m512i)units);
+#else
   memcpy(to, &units, size_t(n) * 4);
+#endif
 }
 
 // Sums of the keys and ranges of the values of one block: the first half of quantizing.
@@ -170,9 +196,13 @@ static void pack_keys(const Attention& t, const Layout<Mode>& l, const Head& h, 
       factor = inverse(amax);
       h.scale[i] = amax * (1.0f / 127.0f);
     }
-    for (int64_t u = 0; u < l.units; u += kFloats)
-      store_units(h.k + i * l.units + u, row_units<Mode>(row, u * Mode::kStep, t.dim, t.type, mean, factor), l.units - u);
-    if constexpr (Mode::kCodes) h.start[i] = Mode::kOffset ? -128 * sum_codes(h.k + i * l.units, 4 * l.units) : 0;
+    typename Mode::Sum sum = Mode::start(0);
+    for (int64_t u = 0; u < l.units; u += kFloats) {
+      const U32 units = row_units<Mode>(row, u * Mode::kStep, t.dim, t.type, mean, factor);
+      if (Mode::kOffset) sum = Mode::add(sum, U32{} + 0x01010101u, units);
+      store_units(h.k + i * l.units + u, units, l.units - u);
+    }
+    if constexpr (Mode::kCodes) h.start[i] = Mode::kOffset ? -128 * int32_t(sum_of(Mode::to_float(sum))) : 0;
   }
   const int64_t end = first + count, padded = round_up(end, kRows);
   memset(h.k + end * l.units, 0, size_t((padded - end) * l.units) * 4);

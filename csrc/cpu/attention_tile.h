@@ -27,17 +27,17 @@ FASTDIFF_ALWAYS void multiply(typename Mode::Sum (&sum)[ROWS][NV], const uint32_
   }
 }
 
-// Scores of ROWS keys, of which `valid` count for the maxima.
+// Scores of ROWS keys; `most` becomes the largest so far of each query, counting the first `valid` keys.
 template <class Mode, int ROWS, int NV>
-static __attribute__((noinline)) void score(float* scores, const uint32_t* k, int64_t units, const uint32_t* q, const float* scale, const int32_t* start, int64_t valid, F32 (&most)[NV]) {
+FASTDIFF_ALWAYS void score(float* scores, const Head& h, int64_t key, int64_t units, const uint32_t* q, int valid, F32 (&most)[NV]) {
   typename Mode::Sum sum[ROWS][NV];
   FASTDIFF_UNROLL for (int r = 0; r < ROWS; ++r)
-    FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) sum[r][j] = Mode::start(Mode::kOffset ? start[r] : 0);
-  multiply<Mode, ROWS, NV>(sum, k, units, 1, q, units);
+    FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) sum[r][j] = Mode::start(Mode::kOffset ? h.start[key + r] : 0);
+  multiply<Mode, ROWS, NV>(sum, h.k + key * units, units, 1, q, units);
   FASTDIFF_UNROLL for (int r = 0; r < ROWS; ++r) {
     FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) {
       F32 s = Mode::to_float(sum[r][j]);
-      if (Mode::kCodes) s = s * scale[r];
+      if (Mode::kCodes) s = s * h.scale[key + r];
       store(scores + (r * NV + j) * kFloats, s);
       if (r < valid) most[j] = larger(most[j], s);
     }
@@ -45,19 +45,15 @@ static __attribute__((noinline)) void score(float* scores, const uint32_t* k, in
 }
 
 template <class Mode, int NV>
-FASTDIFF_ALWAYS void score_block(float* scores, const Head& h, int64_t units, const uint32_t* q, int64_t first, int64_t count, F32 (&most)[NV]) {
-  FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) most[j] = splat(-__builtin_inff());
-  for (int64_t i = 0; i < count;) {
-    const int64_t key = first + i;
-    float* to = scores + i * NV * kFloats;
-    if (count - i > 4 && kRows > 4) {
-      score<Mode, kRows, NV>(to, h.k + key * units, units, q, h.scale + key, h.start + key, count - i, most);
-      i += kRows;
-    } else {
-      score<Mode, 4, NV>(to, h.k + key * units, units, q, h.scale + key, h.start + key, count - i, most);
-      i += 4;
-    }
-  }
+static __attribute__((noinline)) void score_block(float* scores, const Head& h, int64_t units, const uint32_t* q, int64_t first, int64_t count, F32 (&most)[NV]) {
+  F32 best[NV];
+  FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) best[j] = splat(-__builtin_inff());
+  int64_t i = 0;
+  for (; i + kRows <= count; i += kRows)
+    score<Mode, kRows, NV>(scores + i * NV * kFloats, h, first + i, units, q, kRows, best);
+  for (; i < count; i += 4)
+    score<Mode, 4, NV>(scores + i * NV * kFloats, h, first + i, units, q, count - i < 4 ? int(count - i) : 4, best);
+  FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) most[j] = best[j];
 }
 
 // scores of `count` keys to units of probabilities in their place: 2^(score * factor - top). Adds them to `sum`.
@@ -90,7 +86,7 @@ static __attribute__((noinline)) void weigh(float* scores, int64_t count, const 
 
 // out[r] = out[r] * shrink + products of ROWS channels
 template <class Mode, int ROWS, int NV>
-static __attribute__((noinline)) void mix(float* out, const uint32_t* v, const uint32_t* p, int64_t steps, const F32 (&shrink)[NV]) {
+FASTDIFF_ALWAYS void mix(float* out, const uint32_t* v, const uint32_t* p, int64_t steps, const F32 (&shrink)[NV]) {
   typename Mode::Sum sum[ROWS][NV];
   FASTDIFF_UNROLL for (int r = 0; r < ROWS; ++r)
     FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) sum[r][j] = Mode::start(0);
@@ -103,18 +99,13 @@ static __attribute__((noinline)) void mix(float* out, const uint32_t* v, const u
 }
 
 template <class Mode, int NV>
-FASTDIFF_ALWAYS void mix_block(float* out, const uint32_t* v, const uint32_t* p, int64_t channels, int64_t count, const F32 (&shrink)[NV]) {
+static __attribute__((noinline)) void mix_block(float* out, const uint32_t* v, const uint32_t* p, int64_t channels, int64_t count, const F32 (&shrink)[NV]) {
   const int64_t steps = (count + Mode::kStep - 1) / Mode::kStep;
-  for (int64_t c = 0; c < channels;) {
-    float* to = out + c * NV * kFloats;
-    if (channels - c >= 8 && kRows == 8) {
-      mix<Mode, kRows, NV>(to, v + c * steps, p, steps, shrink);
-      c += kRows;
-    } else {
-      mix<Mode, 4, NV>(to, v + c * steps, p, steps, shrink);
-      c += 4;
-    }
-  }
+  F32 times[NV];
+  FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) times[j] = shrink[j];
+  int64_t c = 0;
+  for (; c + kRows <= channels; c += kRows) mix<Mode, kRows, NV>(out + c * NV * kFloats, v + c * steps, p, steps, times);
+  if (c < channels) mix<Mode, 4, NV>(out + c * NV * kFloats, v + c * steps, p, steps, times);
 }
 
 // Transposes kFloats vectors.
@@ -178,14 +169,8 @@ static void finish(const Attention& t, const Head& h, int64_t b, int64_t head, i
       }
       transpose(rows);
       for (int64_t i = 0; i < kFloats && q0 + j * kFloats + i < t.queries; ++i) {
-        char* to = (char*)t.out + (((b * t.queries + q0 + j * kFloats + i) * t.heads + head) * t.dim + d) * size_of(t.type);
-        if (t.dim - d >= kFloats) {
-          store_float(to, (F32)rows[i], t.type);
-        } else {
-          alignas(64) float part[kFloats];
-          store_float(part, (F32)rows[i], t.type);
-          memcpy(to, part, size_t((t.dim - d) * size_of(t.type)));
-        }
+        const int64_t row = (b * t.queries + q0 + j * kFloats + i) * t.heads + head;
+        store_some((char*)t.out + (row * t.dim + d) * size_of(t.type), (F32)rows[i], t.dim - d, t.type);
       }
     }
   }
