@@ -1,8 +1,11 @@
 """Which workers are loaded together, and in which order they run: A B A B, in groups that fit into memory."""
 
+import contextlib
+import fcntl
 import multiprocessing
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from bench.models.reference import describe, relative_error
@@ -18,12 +21,20 @@ _CLEAN = 0.04  # share of the processors that others may take in a sample that c
 
 @dataclass(frozen=True)
 class Limits:
-    """threads per worker, rounds, seconds of samples after which a slow variant sits out (after three), memory in MB."""
+    """How much is measured.
+
+    threads    of every worker
+    rounds     samples per variant
+    seconds    of samples after which a slow variant sits out, once it has three
+    memory_mb  what may be loaded at once; 0 for what is free
+    lock       file whose lock is held during each round, so that several benchmarks do not time each other
+    """
 
     threads: int = 2
     rounds: int = 9
     seconds: float = 60.0
     memory_mb: int = 0
+    lock: str = ""
 
     def __post_init__(self) -> None:
         if self.threads < 1 or self.rounds < 1:
@@ -118,12 +129,23 @@ def _measure_group(workload: Workload, names: list[str], group: int, reference, 
             entry.relative_error = relative_error(worker.first["output"], reference)
             workers.append((worker, entry))
     for _ in range(limits.rounds):
-        for worker, entry in workers:
-            if entry.error is None and (len(entry.seconds) < 3 or entry.spent < limits.seconds):
-                _take(worker.sample(), entry)
+        with _locked(limits.lock):
+            for worker, entry in workers:
+                if entry.error is None and (len(entry.seconds) < 3 or entry.spent < limits.seconds):
+                    _take(worker.sample(), entry)
     for worker, entry in workers:
         entry.after = worker.close()
     return found
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[None]:
+    if not path:
+        yield
+        return
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # closing the file gives the lock back
 
 
 def _take(sample: dict, entry: Measured) -> None:
