@@ -1,4 +1,7 @@
-"""Prints one hash per op of what the CPU kernels compute: run it at several instruction sets and thread counts."""
+"""Prints one hash per op of what the CPU kernels compute: run it at several instruction sets and thread counts.
+
+Arguments: threads, then names of ops (default: all).
+"""
 
 import copy
 import hashlib
@@ -6,6 +9,7 @@ import json
 import sys
 
 import torch
+from large_calls import large_calls
 
 from fastdiff.ops import OPS, backend, native
 from fastdiff.ops.solver_step_samples import make_call
@@ -18,8 +22,9 @@ LARGE = (
 
 
 def calls(op):
-    """The op's samples, and for the step some that are large enough for several threads."""
-    yield from op.samples("cpu")
+    """The op's samples that its kernel serves, and some that are large enough for several threads."""
+    yield from (args for args in op.samples("cpu") if not op.explain(*args)["cpu"])
+    yield from large_calls(op.name)
     if op.name == "solver_step":
         for options in LARGE:
             yield make_call(torch.Generator().manual_seed(1), "cpu", **options)
@@ -34,7 +39,9 @@ def run(op, args) -> list[torch.Tensor]:
     args = copy.deepcopy(args)
     with backend("cpu"):
         out = op(*args)
-    return [args[i] for i in op._mutated] if op.mutates else [out]
+    if op.mutates:
+        return [args[i] for i in op._mutated]
+    return list(out) if isinstance(out, (list, tuple)) else [out]
 
 
 def digest(tensors) -> str:
@@ -43,7 +50,7 @@ def digest(tensors) -> str:
     for t in tensors:
         if t.is_floating_point():
             t = torch.where(t.isnan(), torch.full_like(t, float("nan")), t)
-        hasher.update(t.contiguous().view(torch.uint8).numpy().tobytes())
+        hasher.update(t.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()
 
 
@@ -51,7 +58,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         torch.set_num_threads(int(sys.argv[1]))
     hashes = {}
-    for op in OPS.values():
+    for op in [OPS[name] for name in sys.argv[2:] or OPS]:
         if any(v.name == "cpu" for v in op.variants):
             hashes[op.name] = digest([t for args in calls(op) for t in run(op, args)])
     print(json.dumps({"isa": native.cpu().isa(), "hashes": hashes}))
