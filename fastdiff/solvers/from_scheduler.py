@@ -9,7 +9,7 @@ import torch
 
 from fastdiff.process import Level
 from fastdiff.solvers.compat.twin import float64_twin
-from fastdiff.solvers.row import STEP_STREAM, Noise, Row, Solver
+from fastdiff.solvers.row import STEP_STREAM, Noise, Row, Solver, choose
 from fastdiff.solvers.table import SolverTable, assemble
 
 _PROBES = (0.0, 1.0, 3.0, 30.0)  # deviations of the random elements; the large one finds clamps
@@ -39,6 +39,7 @@ def from_scheduler(
     *,
     timestep_options: Mapping[str, object] | None = None,
     step_options: Mapping[str, object] | None = None,
+    precision: str = "float64",
 ) -> SolverTable:
     """Compiles a scheduler that is affine in states, model outputs and noise; the given object is left untouched.
 
@@ -46,14 +47,15 @@ def from_scheduler(
     steps             first argument of set_timesteps; None where timestep_options carry sigmas or timesteps
     timestep_options  further arguments of set_timesteps (sigmas, mu, ...)
     step_options      further arguments of step (eta, ...)
+    precision         "float64": coefficients as its formulas mean them; "stock": as it computes them, in float32 where it does
 
     The rows act on the scheduler's own state, frame and raw model output; a remembered prediction is whatever mix of state
-    and output the scheduler remembers. Computed in float64. Raises ValueError with the reason where the scheduler clamps,
+    and output the scheduler remembers. Raises ValueError with the reason where the scheduler clamps,
     thresholds, adds constants, needs more than five history slots, or fails on the probe.
     """
-    name = type(scheduler).__name__
+    name, wide = type(scheduler).__name__, choose("precision", precision, {"float64": True, "stock": False})
     try:
-        response, levels = _probe(scheduler, steps, dict(timestep_options or {}), dict(step_options or {}))
+        response, levels = _probe(scheduler, steps, dict(timestep_options or {}), dict(step_options or {}), wide)
     except Exception as error:  # whatever third-party code raises is the reason
         raise ValueError(f"from_scheduler: {name} cannot be compiled: {error}") from error
     tables, reasons = [], []
@@ -98,10 +100,10 @@ class _Symbols:
         return self.take(2 * self.calls + len(self.drawn) - 1).reshape(shape)
 
 
-def _probe(scheduler, steps, timestep_options: dict, step_options: dict) -> tuple[_Response, list[Level]]:
+def _probe(scheduler, steps, timestep_options: dict, step_options: dict, wide: bool) -> tuple[_Response, list[Level]]:
     """Runs the schedule once on a tensor whose elements carry one basis vector each."""
     symbols: list[_Symbols] = []
-    twin = float64_twin(scheduler, lambda shape: symbols[0].draw(shape))
+    twin = float64_twin(scheduler, lambda shape: symbols[0].draw(shape), wide=wide)
     twin.set_timesteps(*([steps] if steps is not None else []), **timestep_options)
     n, levels = len(twin.timesteps), _levels(twin)
     symbols.append(_Symbols(n))
