@@ -30,7 +30,8 @@ LEVELS = {
 }
 LEVELS["amx"] = [*LEVELS["avx512"], *"-mamx-tile -mamx-int8 -mamx-bf16".split()]
 ONCE = {"dispatch.cpp", "parallel.cpp", "workspace.cpp"}  # in csrc/cpu, compiled for the baseline only
-TILED = {"linear.cpp", "linear_w8a8.cpp"}  # in csrc/cpu, compiled for AMX as well: those that multiply matrices
+# in csrc/cpu, compiled for AMX as well: those that multiply matrices
+TILED = {"linear.cpp", "linear_w8a8.cpp", "linear_w8a16.cpp", "linear_w4a16.cpp", "linear_w4a8.cpp"}
 SANITIZE = os.environ.get("FASTDIFF_SANITIZE", "")
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 FLAGS = [

@@ -51,6 +51,9 @@ void call(uintptr_t x, int x_type, int64_t rows, int64_t inner, int64_t x_stride
 void bind_linear(py::module_& m) {
   m.def("linear", &call<linear>);
   m.def("linear_w8a8", &call<linear_w8a8>);
+  m.def("linear_w8a16", &call<linear_w8a16>);
+  m.def("linear_w4a16", &call<linear_w4a16>);
+  m.def("linear_w4a8", &call<linear_w4a8>);
 }
 
 }  // namespace fastdiff

@@ -44,6 +44,7 @@ struct Floats {
   FASTDIFF_ALWAYS Right right(const char* from) { return load<F32>(from); }
   FASTDIFF_ALWAYS Sum add(Sum sum, Left a, Right b) { return multiply_add(a, b, sum); }
   FASTDIFF_ALWAYS F32 to_float(Sum sum) { return sum; }
+  FASTDIFF_ALWAYS F32 fold(F32 total, Sum sum, F32 scale) { return multiply_add(sum, scale, total); }
 };
 
 #if defined(__AVX512BF16__)
@@ -58,6 +59,7 @@ struct Brains {
     return (F32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
   FASTDIFF_ALWAYS F32 to_float(Sum sum) { return sum; }
+  FASTDIFF_ALWAYS F32 fold(F32 total, Sum sum, F32 scale) { return multiply_add(sum, scale, total); }
 };
 #else
 struct Brains {
@@ -75,6 +77,7 @@ struct Brains {
     return multiply_add(a.odd, b.odd, multiply_add(a.even, b.even, sum));
   }
   FASTDIFF_ALWAYS F32 to_float(Sum sum) { return sum; }
+  FASTDIFF_ALWAYS F32 fold(F32 total, Sum sum, F32 scale) { return multiply_add(sum, scale, total); }
 };
 #endif
 
@@ -90,6 +93,8 @@ struct Codes {
     return (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
   }
   FASTDIFF_ALWAYS F32 to_float(Sum sum) { return __builtin_convertvector(sum, F32); }
+  // two roundings on every level, so that all give the same bits
+  FASTDIFF_ALWAYS F32 fold(F32 total, Sum sum, F32 scale) { return total + to_float(sum) * scale; }
 };
 #elif defined(__AVX2__)
 struct Codes {
@@ -111,6 +116,8 @@ struct Codes {
     return sum + (I32)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
   }
   FASTDIFF_ALWAYS F32 to_float(Sum sum) { return __builtin_convertvector(sum, F32); }
+  // two roundings on every level, so that all give the same bits
+  FASTDIFF_ALWAYS F32 fold(F32 total, Sum sum, F32 scale) { return total + to_float(sum) * scale; }
 };
 #else
 struct Codes {
@@ -130,6 +137,8 @@ struct Codes {
     return sum + (I32)_mm_madd_epi16(a.even, b.even) + (I32)_mm_madd_epi16(a.odd, b.odd);
   }
   FASTDIFF_ALWAYS F32 to_float(Sum sum) { return __builtin_convertvector(sum, F32); }
+  // two roundings on every level, so that all give the same bits
+  FASTDIFF_ALWAYS F32 fold(F32 total, Sum sum, F32 scale) { return total + to_float(sum) * scale; }
 };
 #endif
 
@@ -232,34 +241,54 @@ FASTDIFF_ALWAYS void finish(const typename Kind::Sum (&sum)[R][Vectors], float* 
   }
 }
 
+// out[i][16 * panel + column] += sum * scale[16 * panel + column]
+template <class Kind, int R, int Vectors>
+FASTDIFF_ALWAYS void fold(const typename Kind::Sum (&sum)[R][Vectors], const float* scale, float* out, int64_t ld) {
+  FASTDIFF_UNROLL_ALL
+  for (int j = 0; j < Vectors; ++j) {
+    const F32 factor = load<F32>(scale + j * kFloats);
+    FASTDIFF_UNROLL_ALL
+    for (int i = 0; i < R; ++i) {
+      float* const to = out + i * ld + j * kFloats;
+      store(to, Kind::fold(load<F32>(to), sum[i][j], factor));
+    }
+  }
+}
+
+// A run of k of panels, and what the sums over it begin with and are multiplied by; without `scale` sums replace `out`.
+struct Panels {
+  const char* data;
+  int64_t steps, stride;
+  const int32_t* first;
+  const float* scale;
+};
+
 template <class Kind, int R, int P>
-static __attribute__((noinline)) void multiply_rows(const Rows& rows, int64_t steps, const char* panel,
-                                                    int64_t panel_stride, const int32_t* first, float* out, int64_t ld) {
+static __attribute__((noinline)) void multiply_rows(const Rows& rows, const Panels& p, float* out, int64_t ld) {
   Sums<Kind, R, P> sum;
-  start<Kind, R, P>(sum, first);
-  accumulate<Kind>(sum, rows, steps, panel, panel_stride);
-  finish<Kind>(sum, out, ld);
+  start<Kind, R, P>(sum, p.first);
+  accumulate<Kind>(sum, rows, p.steps, p.data, p.stride);
+  p.scale ? fold<Kind>(sum, p.scale, out, ld) : finish<Kind>(sum, out, ld);
 }
 
 template <class Kind, int P, int R = Kind::kRows>
-FASTDIFF_ALWAYS void multiply_up_to(int count, const Rows& rows, int64_t steps, const char* panel, int64_t panel_stride,
-                                    const int32_t* first, float* out, int64_t ld) {
+FASTDIFF_ALWAYS void multiply_up_to(int count, const Rows& rows, const Panels& p, float* out, int64_t ld) {
   if constexpr (R > 1) {
-    if (count < R) return multiply_up_to<Kind, P, R - 1>(count, rows, steps, panel, panel_stride, first, out, ld);
+    if (count < R) return multiply_up_to<Kind, P, R - 1>(count, rows, p, out, ld);
   }
-  multiply_rows<Kind, R, P>(rows, steps, panel, panel_stride, first, out, ld);
+  multiply_rows<Kind, R, P>(rows, p, out, ld);
 }
 
 // out [count, 16 * panels] = rows * panels, for count in 1..kRows and 1 or 2 panels
 template <class Kind>
-static void multiply(int count, int panels, const Rows& rows, int64_t steps, const char* panel, int64_t panel_stride,
-                     const int32_t* first, float* out, int64_t ld) {
+static void multiply(int count, int panels, const Rows& rows, const Panels& p, float* out, int64_t ld) {
   if constexpr (kTilePanels == 2) {
-    if (panels == 2) return multiply_up_to<Kind, 2>(count, rows, steps, panel, panel_stride, first, out, ld);
+    if (panels == 2) return multiply_up_to<Kind, 2>(count, rows, p, out, ld);
   }
-  for (int p = 0; p < panels; ++p)
-    multiply_up_to<Kind, 1>(count, rows, steps, panel + p * panel_stride, panel_stride, first + p * kPanel,
-                            out + p * kPanel, ld);
+  for (int k = 0; k < panels; ++k) {
+    const Panels one{p.data + k * p.stride, p.steps, p.stride, p.first + k * kPanel, p.scale ? p.scale + k * kPanel : p.scale};
+    multiply_up_to<Kind, 1>(count, rows, one, out + k * kPanel, ld);
+  }
 }
 
 }  // namespace FASTDIFF_ISA

@@ -11,7 +11,10 @@ from fastdiff.ops.gram import gram
 from fastdiff.ops.group_norm import group_norm
 from fastdiff.ops.group_norm_nchw import group_norm_nchw
 from fastdiff.ops.linear import linear
+from fastdiff.ops.linear_w4a8 import linear_w4a8
+from fastdiff.ops.linear_w4a16 import linear_w4a16
 from fastdiff.ops.linear_w8a8 import linear_w8a8
+from fastdiff.ops.linear_w8a16 import linear_w8a16
 from fastdiff.ops.norm_modulate import norm_modulate
 from fastdiff.ops.norm_modulate_int8 import norm_modulate_int8
 from fastdiff.ops.philox_normal import philox_normal
@@ -37,7 +40,10 @@ __all__ = [
     "group_norm",
     "group_norm_nchw",
     "linear",
+    "linear_w4a8",
+    "linear_w4a16",
     "linear_w8a8",
+    "linear_w8a16",
     "norm_modulate",
     "norm_modulate_int8",
     "philox_normal",

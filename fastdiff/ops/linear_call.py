@@ -49,7 +49,9 @@ def check_call(op, x, out_features, panels, activation, bias, gate, residual, ou
     N = columns(out_features, activation)
     wide = panels * 16 if activation in PAIRS else N
     if panels != (2 * -(-N // 16) if activation in PAIRS else -(-N // 16)):
-        raise ValueError(f"{op}: weight has {panels} panels of 16 columns, which is not what {out_features} outputs need")
+        raise ValueError(
+            f"{op}: weight has {panels} panels of 16 columns, which is not what {out_features} outputs need"
+        )
     if row_stride(x) is None:
         raise ValueError(f"{op}: x must be rows with one stride, got strides {x.stride()}; call contiguous()")
     if bias is not None and (bias.shape != (wide,) or not bias.is_contiguous()):
@@ -59,9 +61,23 @@ def check_call(op, x, out_features, panels, activation, bias, gate, residual, ou
         if gate.dim() != 2 or gate.shape[1] != N or gate.stride(1) != 1 or rows % max(gate.shape[0], 1):
             raise ValueError(f"{op}: gate must be [B, {N}] where B divides {rows} rows, got {list(gate.shape)}")
     if residual is not None and (residual.shape != (*x.shape[:-1], N) or row_stride(residual) is None):
-        raise ValueError(f"{op}: residual must be rows {[*x.shape[:-1], N]} with one stride, got {list(residual.shape)}")
+        raise ValueError(
+            f"{op}: residual must be rows {[*x.shape[:-1], N]} with one stride, got {list(residual.shape)}"
+        )
     if out_dtype not in FLOATS and (out_dtype != torch.int8 or out_scale is None):
         raise TypeError(f"{op}: out_dtype must be a float, or int8 with an out_scale, got {out_dtype}")
+
+
+def check_scales(op, scale, panels, out_features, activation, *groups: int) -> None:
+    """Raises where there is not one contiguous scale per column (and group)."""
+    wide = [panels * 16 if activation in PAIRS else out_features, *groups]
+    if list(scale.shape) != wide or not scale.is_contiguous():
+        raise ValueError(f"{op}: weight_scale must be contiguous {wide}, got {list(scale.shape)}")
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """What float16 is multiplied as: bfloat16."""
+    return x.to(torch.bfloat16) if x.dtype == torch.float16 else x
 
 
 def quantize_rows(x: torch.Tensor, x_scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

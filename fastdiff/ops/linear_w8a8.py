@@ -1,9 +1,10 @@
 """A linear layer on int8 weights and int8 activations, quantized on the way in and, if wanted, on the way out."""
 
 import torch
+import torch.nn.functional as F
 
 from fastdiff.ops import native
-from fastdiff.ops.linear_call import FLOATS, check_call, columns, finish, quantize_rows, run
+from fastdiff.ops.linear_call import FLOATS, check_call, check_scales, columns, finish, quantize_rows, run
 from fastdiff.ops.linear_samples import samples
 from fastdiff.ops.packing import PANEL, pack, unpack, weight_sums
 from fastdiff.ops.registry import op
@@ -31,12 +32,12 @@ def _check(
         rows = x.shape[:-1].numel()
         if x_scale.numel() != 1 and (x.dtype != torch.int8 or x_scale.numel() != rows or not x_scale.is_contiguous()):
             raise ValueError(f"linear_w8a8: x_scale must be [1], or [{rows}] for int8 x, got {list(x_scale.shape)}")
-    if weight_scale.shape != weight_sum.shape or weight_sum.dtype != torch.int32:
+    check_scales("linear_w8a8", weight_scale, weight.shape[0], out_features, activation)
+    if weight_sum.dtype != torch.int32 or weight_sum.shape != weight_scale.shape or not weight_sum.is_contiguous():
         raise ValueError(
-            f"linear_w8a8: weight_scale and weight_sum (int32) must have one shape, "
-            f"got {list(weight_scale.shape)} and {weight_sum.dtype} {list(weight_sum.shape)}"
+            f"linear_w8a8: weight_sum must be contiguous int32 {list(weight_scale.shape)}, "
+            f"got {weight_sum.dtype} {list(weight_sum.shape)}"
         )
-    check_call("linear_w8a8", x, out_features, weight.shape[0], activation, weight_scale, gate, residual, out_scale, out_dtype)
     check_call("linear_w8a8", x, out_features, weight.shape[0], activation, bias, gate, residual, out_scale, out_dtype)
 
 
@@ -72,7 +73,7 @@ def linear_w8a8(
     codes, scale = (x, x_scale) if x.dtype == torch.int8 else quantize_rows(x, x_scale)
     sums = codes.double() @ unpack(weight, weight.shape[0] * PANEL, K).double().T  # exact below 2^53
     scale = scale.to(wide).view(*x.shape[:-1], 1) if scale.numel() != 1 else scale.to(wide).view(1)
-    scales = torch.nn.functional.pad(weight_scale, (0, weight.shape[0] * PANEL - weight_scale.numel()))
+    scales = F.pad(weight_scale, (0, weight.shape[0] * PANEL - weight_scale.numel()))
     y = sums.to(wide) * scale * scales
     return finish(y, columns(out_features, activation), bias, activation, gate, residual, out_scale, out_dtype)
 
@@ -84,7 +85,9 @@ def _refuse(x, x_scale, weight, weight_scale, *rest):
 
 
 @linear_w8a8.variant("cpu", devices=("cpu",), missing=native.cpu_missing, refuse=_refuse)
-def _(x, x_scale, weight, weight_scale, weight_sum, out_features, bias, activation, gate, residual, out_scale, out_dtype):
+def _(
+    x, x_scale, weight, weight_scale, weight_sum, out_features, bias, activation, gate, residual, out_scale, out_dtype
+):
     return run(
         native.cpu().linear_w8a8, x, x_scale, weight, weight_scale, weight_sum, 0, out_features, bias, activation, gate,
         residual, out_scale, out_dtype,
@@ -110,4 +113,10 @@ def _(device):
             codes, scale = quantize_rows(s.x, None)
             yield codes.to(torch.int8), scale[..., 0].contiguous(), *rest, None, s.out_dtype
         if k % 3 == 2:
-            yield torch.round(s.x.float() * 30).clamp(-127, 127).to(torch.int8), one(0.03), *rest, one(0.05), torch.int8
+            yield (
+                torch.round(s.x.float() * 30).clamp(-127, 127).to(torch.int8),
+                one(0.03),
+                *rest,
+                one(0.05),
+                torch.int8,
+            )

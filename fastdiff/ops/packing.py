@@ -18,7 +18,9 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     out     [ceil(N / 16), ceil(K / g), 16, g] in the weight's dtype, g = 1, 2 or 4; padded with zeros
     """
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.int8) or weight.dim() != 2:
-        raise TypeError(f"pack: weight must be float32, bfloat16 or int8 [N, K], got {weight.dtype} {list(weight.shape)}")
+        raise TypeError(
+            f"pack: weight must be float32, bfloat16 or int8 [N, K], got {weight.dtype} {list(weight.shape)}"
+        )
     N, K = weight.shape
     g = packed_k(weight.dtype)
     padded = F.pad(weight, (0, -K % g, 0, -N % PANEL))
@@ -42,7 +44,7 @@ def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     if codes.dtype != torch.int8 or codes.dim() != 2 or codes.shape[1] % 8:
         raise TypeError(f"pack_int4: codes must be int8 [N, multiple of 8], got {codes.dtype} {list(codes.shape)}")
     N, K = codes.shape
-    nibbles = (F.pad(codes, (0, 0, 0, -N % PANEL)) + 8).to(torch.uint8).view(-1, PANEL, K // 8, 2, 4)
+    nibbles = (F.pad(codes, (0, 0, 0, -N % PANEL)) + 8).to(torch.uint8).view(-(-N // PANEL), PANEL, K // 8, 2, 4)
     return (nibbles[..., 0, :] | (nibbles[..., 1, :] << 4)).permute(0, 2, 1, 3).contiguous()
 
 
@@ -58,7 +60,7 @@ def interleave(value: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     out  [2 * ceil(N / 16) * 16, ...]; rows past N are zero. For weights, scales, sums and biases alike.
     """
     pad = (0, 0) * (value.dim() - 1) + (0, -value.shape[0] % PANEL)
-    blocks = [F.pad(t, pad).view(-1, 1, PANEL, *t.shape[1:]) for t in (value, gate)]
+    blocks = [F.pad(t, pad).unflatten(0, (-1, 1, PANEL)) for t in (value, gate)]
     return torch.cat(blocks, dim=1).reshape(-1, *value.shape[1:])
 
 
@@ -101,6 +103,6 @@ def unpack_conv(packed: torch.Tensor, N: int, channels: tuple[int, ...] | list[i
 
 
 def conv_weight_sums(codes: torch.Tensor, channels: tuple[int, ...] | list[int]) -> torch.Tensor:
-    """Sums of int8 codes [N, C, k, k] over everything but N: [N] int32 for one segment, [2, N] for two."""
-    sums = [s.sum(dim=(1, 2, 3), dtype=torch.int32) for s in codes.split(list(channels), dim=1)]
-    return sums[0] if len(sums) == 1 else torch.stack(sums)
+    """Sums of int8 codes [N, C, k, k] over the channels of each segment: [segments, k * k, N] int32."""
+    sums = [s.sum(dim=1, dtype=torch.int32).flatten(1).T for s in codes.split(list(channels), dim=1)]
+    return torch.stack(sums)
