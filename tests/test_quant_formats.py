@@ -215,7 +215,7 @@ def test_T50_settings_round_trip_through_json():
         SCHEMES[0],
         ((r"\.ff\.", SCHEMES[1]), ("x", None), ("y", SCHEMES[2])),
         ("conv_in",),
-        TemporalPolicy("auto", True),
+        TemporalPolicy("auto", SCHEMES[1]),
     )
     text = config.to_json()
     assert QuantConfig.from_json(text) == config and QuantConfig.from_json(text).to_json() == text

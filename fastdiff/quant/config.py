@@ -18,16 +18,18 @@ TEMPORAL_MODES = ("cache", "quantize", "auto", "off")
 class TemporalPolicy:
     """What happens to the layers that depend on the timestep only (the temporal information block).
 
-    mode  `cache`: left in floating point, their outputs are kept per step; `quantize`; `auto`: per component whichever
-          is nearer to floating point; `off`: treated like any other layer
-    tiar  learn the rounding of the whole block jointly (TFMQ-DM) when it is quantized
+    mode    `cache`: left in floating point, their outputs are kept per step; `quantize`; `auto`: per component whichever
+            is nearer to floating point; `off`: treated like any other layer
+    scheme  of the block where it is quantized; the rounding `adaround` is learned jointly for the whole block (TFMQ-DM)
     """
 
     mode: str = "cache"
-    tiar: bool = False
+    scheme: Scheme | None = None
 
     def __post_init__(self) -> None:
         one_of("TemporalPolicy: mode", self.mode, TEMPORAL_MODES)
+        if (self.scheme is not None) != (self.mode in ("quantize", "auto")):
+            raise ValueError("TemporalPolicy: the modes quantize and auto need a scheme, and only they")
 
 
 @dataclass(frozen=True)
@@ -37,17 +39,23 @@ class QuantConfig:
     default    the scheme of every linear and convolution layer that nothing below names
     overrides  pattern (searched in the layer's name) and scheme, or None to spare it; the first that matches decides
     spared     patterns of layers that stay as they are, before the overrides
+    split_shortcuts  convolutions that read a concatenated input get ranges for either part
     """
 
     default: Scheme | None
     overrides: tuple[tuple[str, Scheme | None], ...] = ()
     spared: tuple[str, ...] = ()
     temporal: TemporalPolicy = TemporalPolicy()
+    split_shortcuts: bool = False
     calibration: dict[str, Any] = field(default_factory=dict)
+
+    def spares(self, name: str) -> bool:
+        """Whether the layer stays as it is whatever its kind."""
+        return any(re.search(pattern, name) for pattern in self.spared)
 
     def scheme_of(self, name: str) -> Scheme | None:
         """The scheme of the layer `name`, None when it stays as it is."""
-        if any(re.search(pattern, name) for pattern in self.spared):
+        if self.spares(name):
             return None
         for pattern, scheme in self.overrides:
             if re.search(pattern, name):
@@ -110,6 +118,7 @@ def _decode_field(cls: type, key: str, value: Any) -> Any:
         (Scheme, "transforms"): lambda v: tuple(_decode_transform(item) for item in v),
         (Scheme, "rounding"): lambda v: decode(Rounding, v),
         (Rounding, "beta"): tuple,
+        (TemporalPolicy, "scheme"): _decode_scheme,
         (QuantConfig, "default"): _decode_scheme,
         (QuantConfig, "overrides"): lambda v: tuple((str(p), _decode_scheme(s)) for p, s in v),
         (QuantConfig, "spared"): tuple,

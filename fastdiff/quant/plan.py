@@ -26,11 +26,15 @@ _SMALLEST_ROTATION = 16
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What happens to one layer; scheme None spares it, and `note` says why or what differs from the settings."""
+    """What happens to one layer; scheme None spares it, and `note` says why or what differs from the settings.
+
+    temporal  whether it belongs to the temporal information block
+    """
 
     name: str
     scheme: Scheme | None
     note: str = ""
+    temporal: bool = False
 
 
 def plan_layers(net: nn.Module, config: QuantConfig) -> list[LayerPlan]:
@@ -39,8 +43,16 @@ def plan_layers(net: nn.Module, config: QuantConfig) -> list[LayerPlan]:
     for name, layer in net.named_modules():
         if not isinstance(layer, (nn.Linear, nn.Conv2d)):
             continue
-        if TEMPORAL.search(name) and config.temporal.mode != "off":
-            plans.append(LayerPlan(name, None, "depends on the timestep only: kept per step"))
+        temporal = bool(TEMPORAL.search(name)) and config.temporal.mode != "off"
+        if config.spares(name):
+            plans.append(LayerPlan(name, None, "spared by the settings", temporal))
+            continue
+        if temporal and config.temporal.scheme is None:
+            plans.append(LayerPlan(name, None, "depends on the timestep only: kept per step", True))
+            continue
+        if temporal:
+            plan = adapt(name, layer, config.temporal.scheme)
+            plans.append(dataclasses.replace(plan, temporal=True))
             continue
         scheme = config.scheme_of(name)
         plans.append(LayerPlan(name, None, "spared by the settings") if scheme is None else adapt(name, layer, scheme))

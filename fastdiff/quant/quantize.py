@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from fastdiff.quant.layer import QLayer
 from fastdiff.quant.plan import LayerPlan, block_name, plan_layers, set_module
 from fastdiff.quant.records import LayerRecord, record_of
 from fastdiff.quant.schemes import Scheme, Smooth
+from fastdiff.quant.shortcuts import find_shortcuts
 from fastdiff.quant.steps import StepContext
 from fastdiff.quant.work import Work, learns
 
@@ -83,12 +84,21 @@ def quantize(
     Without data the network is worked on one block at a time: at most one block exists in both forms.
     """
     plans = plan_layers(net, config)
+    if config.split_shortcuts:
+        plans = _split(plans, net, data)
     chosen = {plan.name: plan for plan in plans if plan.scheme is not None}
     _check_data(chosen.values(), data)
-    work = Work(net, chosen, data, keep_originals or learns(chosen.values()))
-    blocks, done = _blocks(net, chosen, data), ""
+    temporal = [name for name, plan in chosen.items() if plan.temporal]
+    others = {name: plan for name, plan in chosen.items() if not plan.temporal}
+    if temporal and data is None:
+        raise ValueError("quantize: the temporal block is quantized for the times of a calibration set; give data=")
+    auto = config.temporal.mode == "auto"
+    work = Work(net, chosen, data, keep_originals or auto or learns(chosen.values()))
+    if temporal:
+        work.quantize_temporal(temporal)
+    blocks, done = _blocks(net, others, data), ""
     if not work.sequential and any(plan.scheme.transform(Smooth) for plan in chosen.values()):
-        work.observe_channels(list(chosen))
+        work.observe_channels(list(others))
     for index, (block, names) in enumerate(blocks):
         if progress is not None:
             progress(block)
@@ -104,6 +114,8 @@ def quantize(
             work.quantize_block(block, names)
             store.put(key, work.state_of(names))
     steps = work.fix_ranges()
+    kept = work.select_temporal(temporal) if auto and work.block is not None else {}
+    plans = [LayerPlan(p.name, None, kept[p.name], True) if p.name in kept else p for p in plans]
     records = [record_of(net, plan, work) for plan in plans]
     made = Quantized(net, config, records, steps, None if data is None else data.digest())
     made._originals = work.originals if keep_originals else {}
@@ -130,6 +142,14 @@ def _blocks(net: nn.Module, plans: dict[str, LayerPlan], data: CalibrationSet | 
         blocks.setdefault(block_name(name), []).append(name)
     order = list(blocks) if data is None else observe.execution_order(net, list(blocks), data)
     return [(name, blocks[name]) for name in order]
+
+
+def _split(plans: list[LayerPlan], net: nn.Module, data: CalibrationSet | None) -> list[LayerPlan]:
+    if data is None:
+        raise ValueError("quantize: split_shortcuts looks for concatenations in a call of the network; give data=")
+    cuts = find_shortcuts(net, data)
+    split = lambda p: replace(p, scheme=replace(p.scheme, split_input=cuts[p.name]), note=f"split at {cuts[p.name]}")
+    return [split(plan) if plan.scheme is not None and plan.name in cuts else plan for plan in plans]
 
 
 def _check_data(plans: Any, data: CalibrationSet | None) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastdiff.quant.config import QuantConfig
+from fastdiff.quant.config import QuantConfig, TemporalPolicy
 from fastdiff.quant.schemes import LowRank, Rotate, Rounding, Scheme, Smooth, TensorSpec
 
 # layers at the edge of a network: few channels, and their error reaches everything (section 7.4)
@@ -47,7 +47,9 @@ class Recipe:
         """The same with another number of steps per block of learned rounding."""
         short = lambda s: s if s is None else replace(s, rounding=replace(s.rounding, iters=iters))
         overrides = tuple((pattern, short(scheme)) for pattern, scheme in self.config.overrides)
-        return replace(self, config=replace(self.config, default=short(self.config.default), overrides=overrides))
+        temporal = replace(self.config.temporal, scheme=short(self.config.temporal.scheme))
+        changed = {"default": short(self.config.default), "overrides": overrides, "temporal": temporal}
+        return replace(self, config=replace(self.config, **changed))
 
 
 def _group(dtype: str, size: int, **more: Any) -> TensorSpec:
@@ -64,47 +66,92 @@ def _spared(default: Scheme, wide: Scheme | None = None, **more: Any) -> QuantCo
     return QuantConfig(default, () if wide is None else ((_WIDE, wide),), SPARED, **more)
 
 
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe("w8a8", _spared(_W8A8), None, "int8, rotated, ranges of activations at run time"),
-        Recipe(
-            "w8a8-static",
-            _spared(Scheme(INT8, _PER_STEP)),
-            Calibration(),
-            "int8, one range of activations per step",
-        ),
-        Recipe("w8a16", _spared(Scheme(INT8)), None, "int8 weights only"),
-        Recipe("w4a16", _spared(Scheme(_Q4_0), Scheme(INT8)), None, "int4 weights in groups of 64 only"),
-        Recipe("w4a8", _spared(Scheme(_group("int4", 128), TOKEN, (Rotate(256),)), _W8A8), None, "int4 weights, rotated"),
-        Recipe(
-            "w4a8-svd",
-            _spared(Scheme(_group("int4", 64), TOKEN, (Smooth(None), LowRank(32))), _W8A8),
-            Calibration(samples=16, options=(("every", 4),)),
-            "int4 weights, smoothed, with a low-rank branch of rank 32",
-        ),
-        Recipe(
-            "w4a4-svd",
-            _spared(
-                Scheme(
-                    _group("int4", 64),
-                    _group("int4", 64, dynamic=True),
-                    (Smooth(None), LowRank(32)),
-                    Rounding("gptq"),
-                ),
-                _W8A8,
+_GENERAL = (
+    Recipe("w8a8", _spared(_W8A8), None, "int8, rotated, ranges of activations at run time"),
+    Recipe(
+        "w8a8-static",
+        _spared(Scheme(INT8, _PER_STEP)),
+        Calibration(),
+        "int8, one range of activations per step",
+    ),
+    Recipe("w8a16", _spared(Scheme(INT8)), None, "int8 weights only"),
+    Recipe("w4a16", _spared(Scheme(_Q4_0), Scheme(INT8)), None, "int4 weights in groups of 64 only"),
+    Recipe("w4a8", _spared(Scheme(_group("int4", 128), TOKEN, (Rotate(256),)), _W8A8), None, "int4 weights, rotated"),
+    Recipe(
+        "w4a8-svd",
+        _spared(Scheme(_group("int4", 64), TOKEN, (Smooth(None), LowRank(32))), _W8A8),
+        Calibration(samples=16, options=(("every", 4),)),
+        "int4 weights, smoothed, with a low-rank branch of rank 32",
+    ),
+    Recipe(
+        "w4a4-svd",
+        _spared(
+            Scheme(
+                _group("int4", 64),
+                _group("int4", 64, dynamic=True),
+                (Smooth(None), LowRank(32)),
+                Rounding("gptq"),
             ),
-            Calibration(samples=16, options=(("every", 4),)),
-            "int4 weights and activations with a low-rank branch and GPTQ (SVDQuant)",
+            _W8A8,
         ),
-        Recipe(
-            "fp8",
-            _spared(Scheme(TensorSpec("fp8_e4m3"), TensorSpec("fp8_e4m3", "token", dynamic=True))),
-            None,
-            "float8 e4m3 weights and activations",
-        ),
-    )
-}  # fmt: skip
+        Calibration(samples=16, options=(("every", 4),)),
+        "int4 weights and activations with a low-rank branch and GPTQ (SVDQuant)",
+    ),
+    Recipe(
+        "fp8",
+        _spared(Scheme(TensorSpec("fp8_e4m3"), TensorSpec("fp8_e4m3", "token", dynamic=True))),
+        None,
+        "float8 e4m3 weights and activations",
+    ),
+)
+
+# PTQ4DM (Shang et al. 2023): normally distributed times, ranges of least L_2.4 error, one range for all steps
+_PTQ4DM = Scheme(TensorSpec("int8", range="mse"), TensorSpec("int8", "tensor", range="mse"))
+# TFMQ-DM (Huang et al. 2024): learned rounding per block, one asymmetric range of activations per step
+_LEARNED = Rounding("adaround")
+_U4 = TensorSpec("uint4", symmetric=False, range="mse")
+_U8_WEIGHT = TensorSpec("uint8", symmetric=False, range="mse")
+_U8_STEP = TensorSpec("uint8", "tensor", symmetric=False, per_step=True, range="mse")
+_U8 = TensorSpec("uint8", "tensor", symmetric=False, range="mse")
+# inside the temporal block ranges are the exact bounds of the finite set of times
+_U8_FINITE = TensorSpec("uint8", "tensor", symmetric=False, per_step=True)
+# what TFMQ-DM leaves in floating point besides the edges
+_TFMQ_SPARED = (*SPARED, r"conv_shortcut", r"downsamplers", r"time_embedding\.linear_1$")
+
+
+def _tfmq(name: str, weight: TensorSpec, step: TensorSpec | None, mode: str = "quantize", summary: str = "") -> Recipe:
+    finite = None if step is None else _U8_FINITE
+    temporal = TemporalPolicy(mode, Scheme(weight, finite, (), _LEARNED))
+    config = QuantConfig(Scheme(weight, step, (), _LEARNED), (), _TFMQ_SPARED, temporal)
+    return Recipe(name, config, Calibration(samples=32), summary)
+
+
+_PAPERS = (
+    Recipe(
+        "ptq4dm",
+        QuantConfig(_PTQ4DM, (), SPARED, TemporalPolicy("off")),
+        Calibration("ndtc", 256),
+        "PTQ4DM: int8, calibrated on normally distributed times",
+    ),
+    _tfmq("tfmq", _U4, _U8_STEP, summary="TFMQ-DM: int4 weights, int8 activations, ranges per step"),
+    _tfmq("tfmq-w4a32", _U4, None, summary="TFMQ-DM: int4 weights only"),
+    _tfmq("tfmq-w8a8", _U8_WEIGHT, _U8_STEP, summary="TFMQ-DM: int8"),
+    _tfmq(
+        "temporal-feature-matters",
+        _U4,
+        _U8_STEP,
+        "auto",
+        "as tfmq, temporal features kept per step where that is nearer",
+    ),
+    Recipe(
+        "q-diffusion",
+        QuantConfig(Scheme(_U4, _U8, (), _LEARNED), (), SPARED, TemporalPolicy("off"), split_shortcuts=True),
+        Calibration(samples=32),
+        "Q-Diffusion: int4 weights, int8 activations, split shortcuts",
+    ),
+)
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*_GENERAL, *_PAPERS)}
 
 
 def recipe_of(name: "str | Recipe | QuantConfig") -> Recipe:
@@ -119,4 +166,5 @@ def recipe_of(name: "str | Recipe | QuantConfig") -> Recipe:
 
 
 def _needs_data(config: QuantConfig) -> bool:
-    return any(s is not None and s.needs_data for s in (config.default, *(s for _, s in config.overrides)))
+    schemes = (config.default, config.temporal.scheme, *(s for _, s in config.overrides))
+    return config.split_shortcuts or any(s is not None and s.needs_data for s in schemes)

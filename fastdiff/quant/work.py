@@ -13,9 +13,11 @@ from fastdiff.quant.calibration import CalibrationSet
 from fastdiff.quant.layer import QLayer, qlayers
 from fastdiff.quant.observers import ChannelObserver, RangeObserver
 from fastdiff.quant.plan import LayerPlan, set_module
+from fastdiff.quant.ranging import fix_ranges
 from fastdiff.quant.reconstruct import learnable, reconstruct
 from fastdiff.quant.schemes import Rounding, Smooth
 from fastdiff.quant.steps import StepContext
+from fastdiff.quant.temporal_block import TemporalBlock, feature_errors, find_block, stored_errors
 
 Tensor = torch.Tensor
 
@@ -32,6 +34,8 @@ class Work:
         self.ranges: dict[str, RangeObserver] = {}
         self.originals: dict[str, nn.Module] = {}
         self.sqnr: dict[str, float] = {}
+        self.block: TemporalBlock | None = None
+        self.features: dict[str, Tensor] = {}
 
     def observe_channels(self, names: list[str], last: str | None = None) -> None:
         """Collects what smoothing and GPTQ need about the inputs of these layers."""
@@ -66,6 +70,46 @@ class Work:
             if not self.keep:
                 del self.originals[name]
 
+    def quantize_temporal(self, names: list[str]) -> None:
+        """Swaps the layers of the temporal information block; learned rounding is learned for all of them at once."""
+        learned = any(self.plans[n].scheme.rounding.kind == "adaround" for n in names)
+        self.block = find_block(self.net, names, self.data)
+        if self.block is not None:
+            with torch.no_grad():
+                self.features = self.block.outputs(self.net)
+        target = (
+            None
+            if self.block is None
+            else torch.cat([self.features[h] for e in self.block.embeddings for h in e.heads], 1)
+        )
+        for name in names:
+            layer = self.net.get_submodule(name)
+            self._swap(name, layer, build_layer(layer, self.plans[name].scheme))
+        if learned and target is not None:
+            weights: dict[str, Tensor] = {}
+            for name in names:
+                weights |= learnable(name, self.net.get_submodule(name), self.originals[name])
+            forward = lambda rows: self.block.features(self.net, rows)
+            reconstruct(self.net, weights, forward, target, self.plans[names[0]].scheme.rounding)
+        for name in names:
+            self.sqnr[name] = weight_sqnr_db(self.originals[name], self.net.get_submodule(name))
+
+    def select_temporal(self, names: list[str]) -> dict[str, str]:
+        """Puts back the layers whose rows are better kept than computed from codes; returns what decided, by layer."""
+        with torch.no_grad():
+            for layer in qlayers(self.net).values():
+                if layer.steps is not None:
+                    layer.steps.set(self.block.times)
+            quantized = feature_errors(self.features, self.block.outputs(self.net))
+        kept = stored_errors(self.features)
+        decided = {}
+        for name in names:
+            component = name if name in kept else name.rpartition(".")[0]
+            if kept[component] <= quantized[component]:
+                set_module(self.net, name, self.originals[name])
+                decided[name] = f"kept per step: error {kept[component]:.1e}, quantized {quantized[component]:.1e}"
+        return decided
+
     def restore(self, names: list[str], tensors: dict[str, Tensor]) -> None:
         """Swaps the layers of a block that an earlier run had finished."""
         for name in names:
@@ -82,28 +126,11 @@ class Work:
         return {f"{n}.{k}": v for n in names for k, v in self.net.get_submodule(n).state_dict().items()}
 
     def fix_ranges(self) -> StepContext | None:
-        """Observes the network with quantized weights and fixes the ranges of static activations."""
-        static = {name: layer for name, layer in qlayers(self.net).items() if layer.scheme.static_input}
+        """Fixes the ranges of static activations on the network with quantized weights; the steps they follow, or None."""
         for layer in qlayers(self.net).values():
             layer.enable_input(True)
-        if not static:
-            return None
-        steps = StepContext(self.data.times)
-        for layer in static.values():
-            layer.enable_input(False)
-        self.ranges = {name: RangeObserver(len(self.data.times)) for name in static}
-        see = lambda name, x: self.ranges[name].update(static[name].transformed(x), steps.rows)
-        handle = steps.follow(self.net)
-        with observe.watching(self.net, {name: lambda x, name=name: see(name, x) for name in static}):
-            observe.run(self.net, self.data)
-        handle.remove()
-        per_step = False
-        for name, layer in static.items():
-            scale, zero = self.ranges[name].table(layer.scheme.input)
-            layer.set_input_range(scale, zero, steps if layer.scheme.input.per_step else None)
-            layer.enable_input(True)
-            per_step |= layer.scheme.input.per_step
-        return steps if per_step else None
+        self.ranges, steps = fix_ranges(self.net, self.data, self.block)
+        return steps
 
     def _swap(self, name: str, layer: nn.Module, made: nn.Module) -> None:
         self.originals[name] = layer

@@ -1,0 +1,159 @@
+"""The recipes of the papers: temporal block, learned rounding, split shortcuts (T numbers: quantization specification)."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from test_quant_layers import inputs, output, tiny_dit, tiny_unet
+
+from fastdiff.quant import QConv2d, QLinear, QSplit, QuantConfig, Scheme, TemporalPolicy, TensorSpec, quantize
+from fastdiff.quant.layer import qlayers
+from fastdiff.quant.measures import sqnr_db
+from fastdiff.quant.plan import TEMPORAL
+from fastdiff.quant.recipes import RECIPES
+from fastdiff.quant.shortcuts import find_shortcuts
+from fastdiff.quant.temporal_block import feature_errors, find_block, stored_errors
+
+NETS = {"unet": tiny_unet, "dit": tiny_dit}
+
+
+def recipe(name: str, iters: int) -> QuantConfig:
+    config = RECIPES[name].with_iterations(iters).config
+    faster = lambda s: s and dataclasses.replace(s, rounding=dataclasses.replace(s.rounding, lr=2e-2, batch=8))
+    temporal = dataclasses.replace(config.temporal, scheme=faster(config.temporal.scheme))
+    return dataclasses.replace(config, default=faster(config.default), temporal=temporal)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_temporal_block_computes_what_the_network_does(name):
+    net, data = NETS[name](), inputs(name)
+    names = [n for n, m in net.named_modules() if isinstance(m, torch.nn.Linear) and TEMPORAL.search(n)]
+    block = find_block(net, names, data)
+    assert sorted(block.layers) == sorted(names)
+    seen = {}
+    handles = [
+        net.get_submodule(n).register_forward_hook(lambda _, a, out, n=n: seen.__setitem__(n, out)) for n in names
+    ]
+    index = [row for row in range(len(data)) if row < len(block.times)]
+    x, t, cond = data.rows(torch.tensor(index))
+    output(net, dataclasses.replace(data, x=x, t=t, cond=cond))
+    for handle in handles:
+        handle.remove()
+    got = block.outputs(net, slice(0, len(index)))
+    for head in (h for e in block.embeddings for h in e.heads):
+        assert torch.allclose(got[head], seen[head], atol=1e-5), head
+    heads = sum(seen[h].shape[1] for e in block.embeddings for h in e.heads)
+    assert block.features(net).shape == (len(block.times), heads)
+
+
+def temporal_only(scheme: Scheme, spared: tuple[str, ...] = ()) -> QuantConfig:
+    return QuantConfig(None, spared=spared, temporal=TemporalPolicy("quantize", scheme))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_T44_tiar_and_block_reconstruction_keep_to_themselves(name):
+    data, before = inputs(name), NETS[name]()
+    whole = recipe("tfmq", 4)
+    alone, both = NETS[name](), NETS[name]()
+    quantize(alone, temporal_only(whole.temporal.scheme, whole.spared), data)
+    quantize(both, whole, data)
+    codes = lambda net: {n: layer.weight for n, layer in qlayers(net).items() if TEMPORAL.search(n)}
+    assert codes(alone).keys() == codes(both).keys() and len(codes(alone)) >= 3
+    for layer, weight in codes(alone).items():
+        assert torch.equal(weight, codes(both)[layer]), layer  # block reconstruction changed none of them
+    state = alone.state_dict()
+    for key, value in before.state_dict().items():
+        if not TEMPORAL.search(key):
+            assert torch.equal(value, state[key]), key  # TIAR changed nothing else
+
+
+def test_tiar_beats_the_nearest_rounding_of_the_temporal_block():
+    data, errors = inputs("unet"), {}
+    scheme = recipe("tfmq-w4a32", 150).temporal.scheme
+    reference = tiny_unet()
+    names = [n for n, m in reference.named_modules() if isinstance(m, torch.nn.Linear) and TEMPORAL.search(n)]
+    block = find_block(reference, names, data)
+    want = block.features(reference).detach()
+    for kind in ("rtn", "adaround"):
+        net = tiny_unet()
+        own = dataclasses.replace(scheme, rounding=dataclasses.replace(scheme.rounding, kind=kind))
+        quantize(net, temporal_only(own), data)
+        errors[kind] = sqnr_db(want, block.features(net).detach())
+    assert errors["adaround"] >= errors["rtn"] + 1
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_T37_finite_set_ranges_clip_nothing(name):
+    net, data = NETS[name](), inputs(name)
+    made = quantize(net, temporal_only(dataclasses.replace(recipe("tfmq", 1).temporal.scheme, rounding=RECIPES["w8a8"].config.default.rounding)), data)  # fmt: skip
+    assert made.steps is not None and made.steps.times.tolist() == [900.0, 500.0, 100.0]
+    clipped = []
+
+    def check(layer, args):
+        scale, zero = layer.input_range(args[0])
+        codes = (args[0] / scale).round() + zero.float()
+        clipped.append(int(((codes < 0) | (codes > 255)).sum()))
+
+    handles = [layer.register_forward_pre_hook(check) for layer in qlayers(net).values()]
+    assert all(layer.input_scale.shape == layer.input_zero.shape == (3,) for layer in qlayers(net).values())
+    output(net, data)
+    for handle in handles:
+        handle.remove()
+    assert len(clipped) >= len(qlayers(net)) and sum(clipped) == 0
+
+
+def test_temporal_features_are_kept_where_that_is_nearer():
+    net, data = tiny_unet(), inputs("unet")
+    made = quantize(net, recipe("temporal-feature-matters", 4), data)
+    notes = {r.name: r.note for r in made.layers if TEMPORAL.search(r.name)}
+    heads = [n for n in notes if n.endswith("time_emb_proj")]
+    assert heads and all("kept per step: error" in notes[n] for n in heads)
+    assert all(isinstance(net.get_submodule(n), torch.nn.Linear) for n in heads)
+    want = {"a": torch.randn(5, 7)}
+    assert stored_errors(want)["a"] <= 2.0**-20
+    assert feature_errors(want, {"a": 1.1 * want["a"]})["a"] == pytest.approx(0.01, rel=1e-4)
+
+
+def test_T36_finite_set_codes_still_tell_the_steps_apart():
+    net, data = tiny_unet(), inputs("unet")
+    names = [n for n, m in net.named_modules() if isinstance(m, torch.nn.Linear) and TEMPORAL.search(n)]
+    block = find_block(net, names, data)
+    want = block.features(net).detach()
+    scheme = Scheme(TensorSpec("int8"), TensorSpec("uint8", "tensor", symmetric=False, per_step=True))
+    made = quantize(net, temporal_only(scheme), data)
+    made.steps.set(block.times)
+    got = block.features(net).detach()
+    closest = torch.nn.functional.cosine_similarity(got[:, None], want[None], dim=2).argmax(1)
+    assert closest.tolist() == list(range(len(block.times)))
+
+
+def test_T30_shortcuts_are_found_and_split():
+    net, data = tiny_unet(), inputs("unet")
+    found = find_shortcuts(net, data)
+    assert found and all(name.startswith("up_blocks") and name.endswith(("conv1", "conv_shortcut")) for name in found)
+    for name, cut in found.items():
+        skip = net.get_submodule(name).in_channels - cut
+        assert 0 < cut and 0 < skip and skip in (16, 32)
+    want = output(net, data)
+    config = recipe("q-diffusion", 2)
+    joint, split = copy.deepcopy(net), net
+    config = dataclasses.replace(config, default=Scheme(TensorSpec("int8"), TensorSpec("int8", "tensor")))
+    quantize(joint, dataclasses.replace(config, split_shortcuts=False), data)
+    made = quantize(split, config, data)
+    splits = [n for n, m in split.named_modules() if isinstance(m, QSplit)]
+    assert set(splits) == set(found)
+    assert sqnr_db(want, output(split, data)) >= sqnr_db(want, output(joint, data)) - 0.5
+    assert {r.note for r in made.layers if r.name in found} == {f"split at {cut}" for cut in set(found.values())}
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("paper", ["ptq4dm", "tfmq", "tfmq-w4a32", "tfmq-w8a8", "q-diffusion"])
+def test_papers_quantize_both_networks(name, paper):
+    net, data = NETS[name](), inputs(name)
+    want = output(net, data)
+    made = quantize(net, recipe(paper, 2), data)
+    got = sqnr_db(want, output(net, data))
+    assert got >= (20 if "4dm" in paper or "w8" in paper else 6), got
+    kinds = {type(net.get_submodule(r.name)) for r in made.layers if r.scheme is not None}
+    assert kinds <= {QLinear, QConv2d, QSplit} and len(made.layers) >= 10
