@@ -12,6 +12,7 @@
 // tiles wait in between.
 namespace fastdiff {
 namespace FASTDIFF_ISA {
+namespace convolution {
 
 constexpr int64_t kChunkBytes = 320 << 10;  // of panels that pass over a block of tiles, in 1 MB of L2
 constexpr int kBlockTiles = 40;
@@ -21,51 +22,74 @@ template <class Kind>
 struct Job {
   const Conv2d& c;
   Epilogue epilogue;
+  WriteTile* write;
+  Areas areas;
   Plane2d plane[2];
   const RowScale* scale[2];  // per sample, for codes
-  int64_t panels, panel_bytes, pixels;
+  int64_t panels, panel_bytes;
   int group_panels;
 };
 
-// Up to kGroupColumns columns: their scales, and what the sums of each segment start from.
-struct Columns {
+// A group's panels, the scales of its columns, and what the sums of each segment and area begin with.
+struct Group {
+  const char* weight;
+  int64_t first_panel;
+  int panels;
   alignas(64) float scale[kGroupColumns];
-  alignas(64) int32_t start[2][kGroupColumns];
+  alignas(64) int32_t start[2][kMostBands * kMostBands][kGroupColumns];
 };
 
-static void read_columns(Columns& g, const Conv2d& c, int64_t first) {
-  memset(&g, 0, sizeof g);
-  const int64_t count = at_most_i(kGroupColumns, c.outputs - first);
-  if (c.weight_type != kInt8) return;
-  memcpy(g.scale, c.weight_scale + first, size_t(count) * sizeof(float));
+// Unsigned codes are 128 too large, which is taken off the sums: 128 times the weights of the taps in an area.
+static void read_starts(Group& g, const Conv2d& c, const Areas& areas) {
+  const int64_t first = g.first_panel * kPanel, count = at_most_i(g.panels * kPanel, c.outputs - first);
   for (int s = 0; s < c.segments; ++s)
-    for (int64_t n = 0; n < count; ++n) g.start[s][n] = -kCodeOffset * c.weight_sum[s * c.outputs + first + n];
-}
-
-// The addresses of a tile's pixels; rows that the last tile lacks repeat its last pixel.
-static void place(const Conv2d& c, const Plane2d& p, Tile& t, int rows) {
-  int64_t x = t.first % c.out_width, y = t.first / c.out_width % c.out_height, sample = t.first / c.out_width / c.out_height;
-  const char* from = nullptr;
-  for (int i = 0; i < rows; ++i) {
-    if (i < t.count) {
-      from = p.base + (sample * p.height + y * c.stride) * p.line + x * c.stride * p.pitch;
-      if (++x == c.out_width) {
-        x = 0;
-        sample += ++y == c.out_height;
-        y = y == c.out_height ? 0 : y;
+    for (int a = 0; a < areas.count; ++a) {
+      const Band &y = areas.area[a].y, &x = areas.area[a].x;
+      for (int64_t tap = y.tap * c.kernel; tap < (y.tap + y.taps) * c.kernel; ++tap) {
+        if (tap % c.kernel < x.tap || tap % c.kernel >= x.tap + x.taps) continue;
+        const int32_t* sum = c.weight_sum + (s * c.kernel * c.kernel + tap) * c.outputs + first;
+        for (int64_t n = 0; n < count; ++n) g.start[s][a][n] -= kCodeOffset * sum[n];
       }
     }
-    t.row[i] = from;
+}
+
+template <class Kind>
+static void read_group(Group& g, const Job<Kind>& job, int64_t group) {
+  g.first_panel = group * job.group_panels;
+  g.panels = int(at_most_i(job.group_panels, job.panels - g.first_panel));
+  g.weight = (const char*)job.c.weight + g.first_panel * job.panel_bytes;
+  memset(g.scale, 0, sizeof g.scale);
+  for (int s = 0; s < job.c.segments; ++s)
+    memset(g.start[s], 0, size_t(job.areas.count) * kGroupColumns * sizeof(int32_t));
+  if (Stored<Kind>::kType != kInt8) return;
+  const int64_t first = g.first_panel * kPanel;
+  memcpy(g.scale, job.c.weight_scale + first, size_t(at_most_i(kGroupColumns, job.c.outputs - first)) * sizeof(float));
+  if (kCodeOffset) read_starts(g, job.c, job.areas);
+}
+
+// Tile `index` of an area: its pixels are counted row by row, sample by sample.
+static void set_tile(Tile& t, const Area& area, int64_t index, int rows) {
+  const int64_t first = index * rows;
+  int64_t x = first % area.x.count, y = first / area.x.count % area.y.count, sample = first / area.x.count / area.y.count;
+  t.area = &area;
+  t.count = int(at_most_i(rows, area.pixels - first));
+  t.rows = last_rows(rows, t.count);
+  for (int i = 0; i < t.count; ++i) {
+    t.pixel[i] = {sample, area.y.first + y, area.x.first + x};
+    if (++x < area.x.count) continue;
+    x = 0;
+    if (++y < area.y.count) continue;
+    y = 0;
+    ++sample;
   }
 }
 
 // Integer sums of a segment as its part of the result; `before` keeps that of the first of two segments.
 template <class Kind>
-static void scale_sums(const Job<Kind>& job, const Columns& g, const Tile& t, int segment, int ld, float* sums,
-                       float* before) {
-  const int64_t image = job.c.out_height * job.c.out_width;
+static void scale_sums(const Job<Kind>& job, const Group& g, const Tile& t, int segment, float* sums, float* before) {
+  const int ld = g.panels * kPanel;
   for (int i = 0; i < t.count; ++i) {
-    const float scale = job.scale[segment][(t.first + i) / image].scale;
+    const float scale = job.scale[segment][t.pixel[i].sample].scale;
     for (int n = 0; n < ld; n += kFloats) {
       const int at = i * ld + n;
       const F32 y = load<F32>(sums + at) * scale * load<F32>(g.scale + n);
@@ -80,52 +104,65 @@ static void scale_sums(const Job<Kind>& job, const Columns& g, const Tile& t, in
   }
 }
 
-// One chunk of k for the tiles of a block.
+// Pixels that follow one another go through the epilogue together.
 template <class Kind>
-static void run_chunk(const Job<Kind>& job, const Columns& g, const Chunk& k, const char* panel, int64_t first_panel,
-                      int panels, int64_t first_tile, int64_t tiles, int32_t (*sums)[kTileNumbers],
-                      float (*before)[kTileNumbers]) {
-  constexpr bool codes = Stored<Kind>::kType == kInt8;
-  const int rows = rows_for<Kind>(job.group_panels), ld = panels * kPanel;
-  const Plane2d& p = job.plane[k.segment];
-  for (int64_t i = 0; i < tiles; ++i) {
-    Tile t;
-    t.first = (first_tile + i) * rows;
-    t.count = int(at_most_i(rows, job.pixels - t.first));
-    place(job.c, p, t, rows);
-    multiply_tile<Kind>(job.group_panels, panels, t, p, k, panel, job.panel_bytes, g.start[k.segment], sums[i]);
-    if (!k.ends) continue;
-    if (codes) scale_sums(job, g, t, k.segment, ld, (float*)sums[i], before[i]);
-    if (k.segment == job.c.segments - 1)
-      write_tile(job.epilogue, (const float*)sums[i], ld, t.first, t.count, first_panel, panels);
+static void write_pixels(const Job<Kind>& job, const Group& g, const Tile& t, const float* sums) {
+  const int ld = g.panels * kPanel;
+  for (int i = 0, rows; i < t.count; i += rows) {
+    const auto index = [&](int n) {
+      return (t.pixel[n].sample * job.c.out_height + t.pixel[n].y) * job.c.out_width + t.pixel[n].x;
+    };
+    const int64_t first = index(i);
+    for (rows = 1; i + rows < t.count && index(i + rows) == first + rows;) ++rows;
+    job.write(job.epilogue, sums + i * ld, ld, first, rows, g.first_panel, g.panels);
   }
 }
 
-// Tiles [begin, end) of one group of panels.
+// A block of tiles times the panels of a group.
 template <class Kind>
-static __attribute__((noinline)) void run_group(const Job<Kind>& job, int64_t group, int64_t begin, int64_t end) {
+static void run_block(const Job<Kind>& job, const Group& g, const Tile* tile, int tiles) {
   constexpr bool codes = Stored<Kind>::kType == kInt8;
-  const int64_t first_panel = group * job.group_panels;
-  const int panels = int(at_most_i(job.group_panels, job.panels - first_panel));
-  const char* weight = (const char*)job.c.weight + first_panel * job.panel_bytes;
-  Columns g;
-  read_columns(g, job.c, first_panel * kPanel);
   alignas(64) int32_t sums[kBlockTiles][kTileNumbers];
   alignas(64) float before[codes ? kBlockTiles : 1][kTileNumbers];
-  for (int64_t block = begin; block < end; block += kBlockTiles) {
-    int64_t done = 0;  // steps of the segments before
-    for (int s = 0; s < job.c.segments; ++s) {
-      const int64_t steps = job.plane[s].steps, chunks = (steps * kStep * panels + kChunkBytes - 1) / kChunkBytes;
-      for (int64_t n = 0; n < chunks; ++n) {
-        Chunk k{s, steps * n / chunks, steps * (n + 1) / chunks, n == 0, n == chunks - 1};
-        if (!codes && s > 0) k.begins = false;  // floats of both segments are one sum
-        if (!codes && s < job.c.segments - 1) k.ends = false;
-        run_chunk(job, g, k, weight + (done + k.first) * kStep, first_panel, panels, block,
-                  at_most_i(kBlockTiles, end - block), sums, before);
+  Right right{g.weight, job.panel_bytes, job.group_panels, g.panels, nullptr};
+  for (int s = 0; s < job.c.segments; ++s) {
+    const Plane2d& p = job.plane[s];
+    const bool last = s == job.c.segments - 1;
+    const int64_t chunks = (p.steps * kStep * g.panels + kChunkBytes - 1) / kChunkBytes;
+    for (int64_t n = 0; n < chunks; ++n) {
+      // floats of both segments are one sum
+      const Chunk k{s, p.steps * n / chunks, p.steps * (n + 1) / chunks, n == 0 && (codes || s == 0),
+                    n == chunks - 1 && (codes || last)};
+      for (int i = 0; i < tiles; ++i) {
+        right.start = g.start[s][tile[i].area - job.areas.area];
+        multiply_tile<Kind>(tile[i], p, job.c.stride, k, right, sums[i]);
+        if (!k.ends) continue;
+        if (codes) scale_sums(job, g, tile[i], s, (float*)sums[i], before[codes ? i : 0]);
+        if (last) write_pixels(job, g, tile[i], (const float*)sums[i]);
       }
-      done += steps;
+    }
+    right.panel += p.steps * kStep;
+  }
+}
+
+// The tiles of a group whose costs begin in [begin, end).
+template <class Kind>
+static __attribute__((noinline)) void run_group(const Job<Kind>& job, int64_t group, int64_t begin, int64_t end) {
+  Group g;
+  read_group(g, job, group);
+  Tile tile[kBlockTiles];
+  int tiles = 0;
+  for (int a = 0; a < job.areas.count; ++a) {
+    const Area& area = job.areas.area[a];
+    int64_t i = begin > area.first_cost ? (begin - area.first_cost + area.cost - 1) / area.cost : 0;
+    for (; i < area.tiles && area.first_cost + i * area.cost < end; ++i) {
+      set_tile(tile[tiles++], area, i, rows_for<Kind>(job.group_panels));
+      if (tiles < kBlockTiles) continue;
+      run_block(job, g, tile, tiles);
+      tiles = 0;
     }
   }
+  if (tiles) run_block(job, g, tile, tiles);
 }
 
 // Whether the tiles can read a segment as it is.
@@ -192,27 +229,30 @@ static Epilogue epilogue_of(const Conv2d& c) {
 
 template <class Kind>
 static void run(const Conv2d& c) {
-  Job<Kind> job{c, epilogue_of(c), {}, {}, (c.outputs + kPanel - 1) / kPanel, 0, c.batch * c.out_height * c.out_width, 0};
-  if (job.pixels == 0) return;
+  if (c.batch == 0) return;
+  Job<Kind> job{c, epilogue_of(c), write_tile_to<kLinear>(c.out_type), {}, {}, {}, (c.outputs + kPanel - 1) / kPanel, 0, 0};
   prepare(job);
   const int64_t groups = (job.panels + kMostPanels - 1) / kMostPanels;
   job.group_panels = int((job.panels + groups - 1) / groups);
-  const int rows = rows_for<Kind>(job.group_panels);
-  const int64_t tiles = (job.pixels + rows - 1) / rows;
+  find_areas(job.areas, c, rows_for<Kind>(job.group_panels));
+  const int64_t cost = job.areas.cost;
   auto body = [&](int64_t begin, int64_t end) {
     while (begin < end) {
-      const int64_t first = begin % tiles, last = at_most_i(tiles, first + end - begin);
-      run_group(job, begin / tiles, first, last);
+      const int64_t first = begin % cost, last = at_most_i(cost, first + end - begin);
+      run_group(job, begin / cost, first, last);
       begin += last - first;
     }
   };
-  parallel_for(groups * tiles, job.pixels * job.panels * (job.panel_bytes / kStep) < kSerialSteps, body);
+  const int64_t steps = c.batch * c.out_height * c.out_width * job.panels * (job.panel_bytes / kStep);
+  parallel_for(groups * cost, steps < kSerialSteps, body);
 }
 
+}  // namespace convolution
+
 void conv2d(const Conv2d& task) {
-  if (task.weight_type == kInt8) return run<Codes>(task);
-  if (task.weight_type == kBFloat16) return run<Brains>(task);
-  run<Floats>(task);
+  if (task.weight_type == kInt8) return convolution::run<Codes>(task);
+  if (task.weight_type == kBFloat16) return convolution::run<Brains>(task);
+  convolution::run<Floats>(task);
 }
 
 }  // namespace FASTDIFF_ISA

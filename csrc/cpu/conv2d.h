@@ -19,7 +19,7 @@ struct Conv2d {
   const void* weight;  // packed; each segment's k are [kernel row][kernel column][channel, padded to 4 bytes]
   int weight_type;
   const float* weight_scale;  // [outputs], int8 only
-  const int32_t* weight_sum;  // [segments, outputs], int8 only
+  const int32_t* weight_sum;  // [segments, kernel * kernel, outputs], int8 only
   int64_t batch, height, width, out_height, out_width, outputs;
   int64_t kernel, stride, left, top, upsample;
   void* out;  // [batch, out_height, out_width, outputs]

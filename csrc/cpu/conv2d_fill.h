@@ -8,6 +8,7 @@
 
 namespace fastdiff {
 namespace FASTDIFF_ISA {
+namespace convolution {
 
 // One segment of the input as the tiles see it. Sizes in bytes, but for steps (4 bytes of a pixel each).
 struct Plane2d {
@@ -131,5 +132,6 @@ static void find_scales(const Conv2d& c, const Conv2d::Segment& s, RowScale* sca
     scale[b] = row_scale(largest((const char*)(most + b * kSpread), kFloat32, kSpread));
 }
 
+}  // namespace convolution
 }  // namespace FASTDIFF_ISA
 }  // namespace fastdiff

@@ -31,8 +31,7 @@ def _check(
     if max(channels) * kernel * kernel > MOST_PRODUCTS:
         raise ValueError(f"{name}: channels * kernel^2 must be at most {MOST_PRODUCTS}, got {channels}, {kernel}")
     _check_vector("weight_scale", weight_scale, torch.float32, (out_channels,))
-    sums = (out_channels,) if x2 is None else (2, out_channels)
-    _check_vector("weight_sum", weight_sum, torch.int32, sums)
+    _check_vector("weight_sum", weight_sum, torch.int32, (len(images), kernel * kernel, out_channels))
     if (out_dtype == torch.int8) != (out_scale is not None) or out_dtype not in (*FLOATS, torch.int8):
         raise TypeError(f"{name}: out_dtype must be a float, or int8 with an out_scale, got {out_dtype}")
     if out_scale is not None:
@@ -103,7 +102,7 @@ def conv2d_w8a8(
     x2, x2_scale  the second segment [B, H, W, C2], with a scale of its own, or None
     weight        packing.pack_conv of int8 codes [N, C1 + C2, kernel, kernel]
     weight_scale  [N] float32
-    weight_sum    packing.conv_weight_sums of the same codes: [N] int32, [2, N] with x2
+    weight_sum    packing.conv_weight_sums of the same codes: [segments, kernel * kernel, N] int32
     bias, emb, residual    as in conv2d
     out_scale     [1] float32 for int8 results: code = clamp(rint(y * (1 / out_scale)), -127, 127)
     out           [B, Ho, Wo, N] in out_dtype, a float or int8
