@@ -5,6 +5,7 @@ from fastdiff.carry import Carry, Hook
 from fastdiff.guidance import CFG
 from fastdiff.loop import NonFiniteError
 from fastdiff.ops import backend
+from fastdiff.pipeline import as_fast
 from fastdiff.plan import Plan, RowSettings
 from fastdiff.process import (
     VE,
@@ -52,6 +53,7 @@ __all__ = [
     "VPDiscrete",
     "VPLinear",
     "accelerate",
+    "as_fast",
     "backend",
     "convert",
     "denoiser",
