@@ -1,0 +1,207 @@
+"""Linear layers on packed weights: exact integers, equal bits everywhere, nothing past a buffer, and what callers see."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdiff.ops import OPS, backend, linear, linear_w8a8, native, packing
+from fastdiff.ops.linear_call import quantize_rows
+from fastdiff.ops.linear_w8a8 import quantized
+from fastdiff.program import Program
+
+SCRIPT = Path(__file__).parent / "native" / "linear.py"
+LEVELS = ("baseline", "avx2", "avx512", "amx")
+NAMES = ("linear", "linear_w8a8", "linear_w8a16", "linear_w4a16", "linear_w4a8")
+NONE = (None, "none", None, None)
+
+pytestmark = pytest.mark.skipif(native.cpu() is None, reason=f"no native code: {native.cpu_missing()}")
+
+
+def _run(mode: str, threads: int = 1, isa: str = "") -> dict:
+    environment = {**os.environ, "FASTDIFF_CPU_ISA": isa, "FASTDIFF_BACKEND": ""}
+    command = [sys.executable, str(SCRIPT), mode, str(threads)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    out = json.loads(done.stdout)
+    assert isa in ("", out["isa"])
+    return out["result"]
+
+
+def _best() -> int:
+    return LEVELS.index(native.cpu().isa_detected())
+
+
+@pytest.fixture(scope="module")
+def codes_here() -> dict:
+    return _run("codes")
+
+
+@pytest.mark.parametrize("isa", LEVELS[:-1])
+def test_int8_products_are_exact_and_equal_on_every_instruction_set(isa, codes_here):
+    if LEVELS.index(isa) > _best():
+        pytest.skip(f"this CPU does not run {isa}")
+    assert _run("codes", 2, isa) == codes_here
+
+
+@pytest.mark.parametrize("threads", (2, 3))
+def test_every_thread_count_gives_the_same_bits(threads):
+    assert _run("bits", threads) == _run("bits", 1)
+
+
+@pytest.mark.parametrize("isa", ("", *(pytest.param(isa, marks=pytest.mark.slow) for isa in LEVELS[:2])))
+def test_nothing_is_touched_past_a_buffer(isa):
+    counts = _run("guard", 2, isa)
+    assert set(counts) == set(NAMES) and min(counts.values()) >= 28
+
+
+def _layer(name: str, x: torch.Tensor, weight: torch.Tensor, activation: str = "none") -> torch.Tensor:
+    """A layer with bias on rows of float x; weight [N, K], K a multiple of 32."""
+    from fastdiff.ops.linear_int4 import quantized_int4
+
+    N, bias = weight.shape[0], weight[:, 0].float().contiguous()
+    rest = (bias, activation, None, None)
+    if name == "linear":
+        return linear(x, packing.pack(weight.to(x.dtype)), N, *rest, x.dtype)
+    if name in ("linear_w8a8", "linear_w8a16"):
+        packed, scale, sums = quantized(weight.float())
+        if name == "linear_w8a16":
+            return OPS[name](x, packed, scale, N, *rest, x.dtype)
+        return OPS[name](x, None, packed, scale, sums, N, *rest, None, x.dtype)
+    return OPS[name](x, *quantized_int4(weight.float(), 32), N, 32, *rest, x.dtype)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_does_not_depend_on_its_batch(name, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(263, 160, generator=generator).to(dtype), torch.randn(50, 160, generator=generator)
+    together = _layer(name, x, w, "gelu")
+    for first, count in ((0, 1), (7, 2), (13, 3), (20, 14), (60, 29), (200, 63)):
+        assert torch.equal(_layer(name, x[first : first + count], w, "gelu"), together[first : first + count])
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+@pytest.mark.parametrize("shape", ((600, 640, 100), (5, 2304, 1152), (2, 64, 5000)))
+def test_large_layers_match_float64(shape, threads):
+    M, K, N = shape
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(M, K, generator=generator), torch.randn(N, K, generator=generator) / math.sqrt(K)
+    packed, scale, sums = quantized(w)
+    codes, x_scale = quantize_rows(x, None)
+    exact = codes.double() @ packing.unpack(packed, N, K).double().T * x_scale.double() * scale.double()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = linear_w8a8(x, None, packed, scale, sums, N, *NONE, None, torch.float32)
+        plain = linear(x, packing.pack(w), N, *NONE, torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(plain.double(), x.double() @ w.double().T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.int8))
+def test_packing_can_be_undone(dtype):
+    for N, K in ((1, 1), (16, 4), (17, 5), (50, 33)):
+        w = torch.randint(-127, 128, (N, K)).to(dtype)
+        packed = packing.pack(w)
+        g = packing.packed_k(dtype)
+        assert packed.shape == (-(-N // 16), -(-K // g), 16, g)
+        assert torch.equal(packing.unpack(packed, N, K), w)
+        assert packed.count_nonzero() == w.count_nonzero()
+    codes = torch.randint(-8, 8, (21, 24)).to(torch.int8)
+    assert torch.equal(packing.unpack_int4(packing.pack_int4(codes), 21, 24), codes)
+
+
+def test_pairs_lie_in_panels_of_16():
+    value, gate = torch.randn(20, 8), torch.randn(20, 8)
+    packed = packing.pack_pairs(value, gate)
+    assert torch.equal(packing.unpack(packed[0:1], 16, 8), value[:16])
+    assert torch.equal(packing.unpack(packed[3:4], 4, 8), gate[16:])
+
+
+def test_codes_follow_the_rule():
+    # a tie (0.5), the largest value, zeros, a number whose reciprocal rounds
+    x = torch.tensor([[254.0, 1.0, 3.0, -254.0], [0.0, 0.0, -0.0, 0.0], [0.3, -0.1, 0.7, 1.1]])
+    codes, scale = quantize_rows(x, None)
+    assert codes[0].tolist() == [127, 0, 2, -127] and codes[1].count_nonzero() == 0
+    assert scale[0].item() == 2.0 and scale[1].item() == 0.0
+    identity = torch.eye(4, dtype=torch.int8)
+    args = (packing.pack(identity), torch.ones(4), packing.weight_sums(identity), 4, *NONE, None, torch.float32)
+    assert torch.equal(linear_w8a8(x, None, *args), codes * scale)
+    static = linear_w8a8(torch.tensor([[2.5, -3.5, 1e9, float("nan")]]), torch.ones(1), *args)
+    assert static.tolist() == [[2, -4, 127, -127]]
+
+
+def test_rows_that_are_not_finite_become_nan_alone():
+    x = torch.randn(4, 40)
+    x[1, 3], x[2, 39] = torch.nan, -torch.inf
+    packed, scale, sums = quantized(torch.randn(20, 40))
+    got = linear_w8a8(x, None, packed, scale, sums, 20, *NONE, None, torch.float32)
+    assert got[1:3].isnan().all() and got[[0, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ("gelu", "gelu_tanh", "silu"))
+def test_activations_are_accurate_everywhere(activation):
+    x = torch.cat([torch.linspace(-20, 20, 100_001), torch.logspace(-38, 38, 999), -torch.logspace(-38, 38, 999)])
+    one = packing.pack(torch.ones(1, 1))
+    got = linear(x[:, None], one, 1, None, activation, None, None, torch.float32)[:, 0].double()
+    t = x.double()
+    inner = math.sqrt(2 / math.pi) * (t + 0.044715 * t**3)
+    truth = {
+        "gelu": t * torch.special.erfc(-t / math.sqrt(2)) / 2,
+        "gelu_tanh": t * torch.sigmoid(2 * inner),
+        "silu": t * torch.sigmoid(t),
+    }[activation]
+    assert ((got - truth).abs() / truth.abs().clamp(min=1)).max() < 2.5e-7
+
+
+def test_layers_can_be_recorded():
+    x = torch.randn(2, 9, 64)
+    w = [torch.randn(64, 64) / 8 for _ in range(2)]
+    first, second = quantized(w[0]), packing.pack(w[1])
+
+    def forward(x):
+        y = linear_w8a8(x, None, *first, 64, None, "silu", None, None, None, torch.float32)
+        return linear(y, second, 64, None, "none", None, x, torch.float32)
+
+    program = Program(forward, (x,))
+    other = torch.randn(2, 9, 64)
+    assert len(program) == 2 and torch.equal(program(other), forward(other))
+
+
+def test_strided_arguments_are_read_in_place():
+    wide, modulation = torch.randn(2, 9, 3 * 64), torch.randn(2, 6 * 48)
+    x, gate = wide[..., 64:128], modulation[:, 48:96]
+    packed = packing.pack(torch.randn(48, 64))
+    got = linear(x, packed, 48, None, "none", gate, wide[..., 100:148], torch.float32)
+    plain = linear(x.contiguous(), packed, 48, None, "none", None, None, torch.float32)
+    assert torch.equal(got, plain * gate[:, None] + wide[..., 100:148])
+
+
+def test_errors_name_the_argument():
+    x, packed = torch.randn(2, 3, 8), packing.pack(torch.randn(20, 8))
+    call = lambda x=x, n=20, bias=None, act="none", gate=None, res=None, out=torch.float32: linear(
+        x, packed, n, bias, act, gate, res, out
+    )
+    cases = (
+        (dict(n=40), ValueError, "panels"),
+        (dict(act="relu"), ValueError, "activation must be one of none, gelu"),
+        (dict(bias=torch.randn(19)), ValueError, "bias must be contiguous"),
+        (dict(gate=torch.randn(4, 20)), ValueError, "gate must be"),
+        (dict(res=torch.randn(6, 20)), ValueError, "residual must be rows"),
+        (dict(x=torch.randn(2, 3, 9)), ValueError, "packed from"),
+        (dict(x=torch.randn(3, 2, 8).transpose(0, 1)), ValueError, "one stride"),
+        (dict(out=torch.int8), TypeError, "out_scale"),
+    )
+    for options, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            call(**options)
+    with backend("cpu"), pytest.raises(RuntimeError, match="float32"):
+        call(x=x.double())
