@@ -1,12 +1,7 @@
 """Fast schedulers against diffusers' own: the same numbers, draws, attributes, files and errors."""
 
-import copy
 import inspect
 import logging
-import os
-import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,14 +10,14 @@ from scheduler_settings import CASES, SD, V
 
 import fastdiff
 from fastdiff.ops.philox_normal import philox_normal
-from fastdiff.pipeline import fast_class
 from fastdiff.solvers.compat.twin import float64_twin
 
-diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed; these are its schedulers")
+pytest.importorskip("diffusers", reason="diffusers is not installed; these are its schedulers")
+from scheduler_pairs import SHAPE, STEPS, difference, make, network, run, start, worst
+
 logging.getLogger("diffusers").setLevel(logging.ERROR)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-SHAPE, STEPS = (2, 4, 6, 5), 20
 MORE = [
     ("IPNDMScheduler", {}, {}),
     ("PNDMScheduler", {"skip_prk_steps": True, **V}, {}),
@@ -62,50 +57,6 @@ DETERMINISTIC = {
 }
 
 
-def make(name, config):
-    return getattr(diffusers, name).from_config(config)
-
-
-def network(x, t):
-    """A smooth stand-in for a model; t is a number or [B, 1, 1, 1]."""
-    return (torch.tanh(0.7 * x + 0.1) * (0.5 + t / 2000.0) + 0.2 * torch.sin(x + 0.3)).to(x.dtype)
-
-
-def start(scheduler, shape=SHAPE, dtype=torch.float32):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * getattr(scheduler, "init_noise_sigma", 1.0)
-    return x.to(dtype)
-
-
-def run(scheduler, call=None, *, seed=3, steps=STEPS, x=None, each=lambda *a: None):
-    """The results of all steps; seed None leaves the noise to torch's global generator."""
-    call = dict(call or {})
-    times = {name: call.pop(name) for name in ("mu", "sigmas") if name in call}
-    if "sigmas" in times:
-        times["sigmas"] = [1.0 - 0.95 * i / steps for i in range(steps)]
-    scheduler.set_timesteps(*([] if "sigmas" in times else [steps]), **times)
-    if "generator" in inspect.signature(scheduler.step).parameters and seed is not None:
-        call["generator"] = [torch.Generator().manual_seed(s) for s in seed] if isinstance(seed, list) else seed
-        if isinstance(seed, int):
-            call["generator"] = torch.Generator().manual_seed(seed)
-    x, results = start(scheduler) if x is None else x, []
-    for i, t in enumerate(scheduler.timesteps):
-        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        result = scheduler.step(network(scaled, float(t)), t, x, return_dict=False, **call)
-        x = result[0]
-        results.append(result)
-        each(i, scheduler, call.get("generator"))
-    return results
-
-
-def difference(got, want):
-    return float((got.double() - want.double()).abs().max() / want.double().abs().max())
-
-
-def worst(got, want, place=slice(None)):
-    pairs = [pair for a, b in zip(got, want, strict=True) for pair in zip(a[place], b[place], strict=True)]
-    return max(difference(a, b) for a, b in pairs if a is not None)
-
-
 @pytest.mark.parametrize("name, config, call", SETTINGS)
 def test_same_numbers_as_the_scheduler(name, config, call):
     scheduler = make(name, config)
@@ -117,7 +68,9 @@ def test_same_numbers_as_the_scheduler(name, config, call):
     assert worst(got, want) < 1e-4
     assert fast.fastdiff_report().fused == len(want) and not fast.fastdiff_report().stock
     again = run(fast, call)
-    assert all(torch.equal(a, b) for x, y in zip(got, again, strict=True) for a, b in zip(x, y, strict=True) if a is not None)
+    assert all(
+        torch.equal(a, b) for x, y in zip(got, again, strict=True) for a, b in zip(x, y, strict=True) if a is not None
+    )
 
 
 @pytest.mark.parametrize("name, config", [case for case in ONE_PASS if case[0] in DETERMINISTIC])
@@ -135,10 +88,8 @@ def test_draws_as_the_scheduler(name, config):
         states = []
         for scheduler in pair:
             torch.manual_seed(9)
-            given = []
-            run(scheduler, seed=seed, each=lambda i, s, g: given.append(g))
-            generators = [torch.default_generator] if given[-1] is None else np.ravel(given[-1])
-            states.append([torch.default_generator.get_state(), *(g.get_state() for g in generators)])
+            given = run(scheduler, seed=seed, give_generator=True)
+            states.append([torch.default_generator.get_state(), *(g.get_state() for g in np.ravel(given) if g)])
         assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
@@ -182,3 +133,76 @@ def test_one_timestep_per_sample_is_each_sample_alone(name, config):
         for b, place in enumerate(places):
             if k >= 2 * b:
                 assert torch.equal(x[b : b + 1], alone[b][place]), (k, b)
+
+
+@pytest.mark.parametrize("name, config", [case for case in ONE_PASS if case[0] not in DETERMINISTIC])
+def test_philox_noise_is_the_samples_own(name, config):
+    call = {"eta": 1.0} if name == "DDIMScheduler" else {}
+    together = fastdiff.as_fast(make(name, config), noise="philox", seed=[11, 12])
+    before = torch.default_generator.get_state()
+    got = run(together, call, seed=None)[-1][0]
+    assert torch.equal(torch.default_generator.get_state(), before)
+    for b in range(2):
+        single = fastdiff.as_fast(make(name, config), noise="philox", seed=11 + b)
+        assert torch.equal(run(single, call, seed=None, x=start(single)[b : b + 1])[-1][0], got[b : b + 1])
+    seeds = [torch.Generator().manual_seed(seed) for seed in (11, 12)]
+    other = fastdiff.as_fast(make(name, config), noise="philox", seed=99)
+    assert torch.equal(run(other, {**call, "generator": seeds}, seed=None)[-1][0], got)
+
+
+def test_philox_noise_is_that_of_the_sampler():
+    fast = fastdiff.as_fast(make("EulerAncestralDiscreteScheduler", SD), noise="philox", seed=21)
+    plain = make("EulerAncestralDiscreteScheduler", SD)
+    for scheduler in (fast, plain):
+        scheduler.set_timesteps(STEPS)
+        scheduler.scale_model_input(torch.ones(1), scheduler.timesteps[0])
+    x, m = torch.randn(SHAPE), torch.randn(SHAPE)
+    for step, t in enumerate(plain.timesteps):
+        seed, one = torch.tensor([21, 22]), torch.ones(2, dtype=torch.int32)
+        z = philox_normal(seed, one * step, one, x[0].numel()).reshape(SHAPE)
+        up = (plain.sigmas[step + 1] ** 2 * (1 - plain.sigmas[step + 1] ** 2 / plain.sigmas[step] ** 2)) ** 0.5
+        got, mean = fast.step(m, t, x).prev_sample, plain.step(m, t, x, generator=torch.Generator().manual_seed(0))
+        drawn = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+        assert difference(got, mean.prev_sample + (z - drawn) * up) < 2e-6
+
+
+@pytest.mark.parametrize("name, config", ONE_PASS)
+@pytest.mark.parametrize("output, sample", [(torch.float16, torch.float16), (torch.bfloat16, torch.float32)])
+def test_half_precision(name, config, output, sample):
+    plain = make(name, config)
+    fast, results = fastdiff.as_fast(plain), []
+    exact = run(plain)[0][0]
+    for scheduler in (plain, fast):
+        scheduler.set_timesteps(STEPS)
+        x, t = start(scheduler).to(sample), scheduler.timesteps[0]
+        m = network(scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x, float(t))
+        draws = "generator" in inspect.signature(scheduler.step).parameters
+        results.append(
+            scheduler.step(m.to(output), t, x, **({"generator": torch.Generator().manual_seed(3)} if draws else {}))
+        )
+    want, got = results[0].prev_sample, results[1].prev_sample
+    assert got.dtype == want.dtype and fast.fastdiff_report().fused == 1
+    if draws or torch.isfinite(want).all():  # noise drawn in half precision has other values
+        assert difference(got, want) < 2e-2
+        if not draws:
+            assert difference(got, exact) <= 2 * difference(want, exact) + 1e-6
+
+
+def test_float64():
+    plain = make("UniPCMultistepScheduler", SD)
+    fast = fastdiff.as_fast(plain)
+    want, got = (run(s, seed=None, x=start(s).double()) for s in (plain, fast))
+    assert got[-1][0].dtype == torch.float64 and worst(got, want) < 1e-12
+    run(fast)  # back to float32 in new memory
+    assert fast.fastdiff_report().fused == 2 * STEPS
+
+
+def test_layouts_and_other_dimensions():
+    scheduler = make("DPMSolverMultistepScheduler", SD)
+    fast = fastdiff.as_fast(scheduler)
+    for shape in ((1, 7), (2, 3, 5), (2, 3, 4, 6), (1, 2, 3, 4, 5)):
+        x = start(scheduler, shape)
+        assert worst(run(fast, x=x), run(scheduler, x=x)) < 3e-6
+    x = start(scheduler, (2, 3, 4, 6)).to(memory_format=torch.channels_last)
+    assert worst(run(fast, x=x), run(scheduler, x=x)) < 3e-6
+    assert not fast.fastdiff_report().stock

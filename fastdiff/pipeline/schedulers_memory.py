@@ -53,9 +53,10 @@ class Memory:
         self._bound.clear()
 
     def numbers(self, plan: Plan) -> tuple[int, ...]:
-        """The numbers of a plan's rows, that of the next state first."""
+        """The numbers of a plan's rows, that of the next state first; the history has the slots for it."""
         found = self._numbers.get(plan)
         if found is None:
+            self.need(plan.slots)
             depth = plan.node.depth - 1
             tail = (-1, depth, STEP_STREAM, 0, 0)
             further = [self._add(coef, (-1, *tail)) for coef in plan.further]

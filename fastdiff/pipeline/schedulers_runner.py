@@ -113,6 +113,7 @@ class Runner:
             self.memory = Memory(self.memory.shape, self.memory.dtype, self.memory.device)
             self.roots.clear()
         self.memory.put(tensors)
+        key = (*key, len(shape))
         if key not in self.roots:
             if len(self.roots) >= _SCHEDULES:
                 self.roots.clear()
@@ -172,5 +173,4 @@ class Runner:
             raise
         except Exception as error:  # its own step will say the same to the user, or know better
             return f"its step failed on basis vectors: {type(error).__name__}: {error}"
-        self.memory.need(plan.slots)
         return plan
