@@ -4,31 +4,45 @@ import threading
 from collections.abc import Callable
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from fastdiff.ops import native
 from fastdiff.ops.memory import Arena, use_arena
 
-# torch calls that only make or describe memory: nothing is lost when a program does not repeat them
-_HARMLESS = {
-    *"alias as_strided detach empty empty_like empty_strided expand lift_fresh permute reshape select slice split".split(),
-    *"split_with_sizes squeeze t transpose unbind unflatten unfold unsqueeze view _reshape_alias _unsafe_view".split(),
-    *"chunk flatten movedim narrow view_as_real set_ resolve_conj resolve_neg is_pinned".split(),
-}
+# what looks at the values of a tensor, which a program would not look at again
+_READS = set("item tolist numpy equal allclose isclose is_nonzero nonzero unique".split())
+_READS |= {f"__{name}__" for name in "array bool complex contains float format index int repr str".split()}
+_FRESH = {"empty", "empty_like", "empty_strided", "new_empty", "from_numpy"}
 
 
 class NotCapturableError(RuntimeError):
     """A function called torch for something that a program would not repeat."""
 
 
-class _OnlyKernels(TorchDispatchMode):
-    """Refuses torch's own computations while a program is recorded: they would be missing from it."""
+class _OnlyKernels(TorchFunctionMode):
+    """Refuses torch's own computations while a program is recorded: they would be missing from it.
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::")
-        if name not in _HARMLESS:
+    What only describes memory passes: sizes, strides, and views of the arguments.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", str(func))
+        changes = name.endswith("_") and not name.endswith("__") or "out" in (kwargs or {})
+        if changes or name in _READS or name == "__setitem__":
+            raise NotCapturableError(f"program: torch ran {name}; only fastdiff.ops can be recorded")
+        out = func(*args, **(kwargs or {}))
+        if name not in _FRESH and not _memory(out) <= _memory((args, kwargs)):
             raise NotCapturableError(f"program: torch computed {name}; only fastdiff.ops can be recorded")
-        return func(*args, **(kwargs or {}))
+        return out
+
+
+def _memory(values: object) -> set[int]:
+    """Where the tensors among some values, and in sequences of them, lie."""
+    if isinstance(values, torch.Tensor):
+        return {values.untyped_storage().data_ptr()}
+    if isinstance(values, dict):
+        values = tuple(values.values())
+    return set().union(*map(_memory, values)) if isinstance(values, (list, tuple)) else set()
 
 
 class Program:
