@@ -11,7 +11,13 @@ from fastdiff.ops import attention
 # B, H, N, D, M: Stable Diffusion 1.5 at 64 x 64 and its text, FLUX, DiT-XL/2, DiT-S/2, and tiny ones
 SHAPES = (
     *((2, 8, 4096, 40, 4096), (2, 8, 1024, 80, 1024), (2, 8, 256, 160, 256), (2, 8, 4096, 40, 77)),
-    *((1, 24, 4608, 128, 4608), (2, 16, 256, 72, 256), (2, 6, 256, 64, 256), (16, 8, 256, 64, 256), (1, 4, 49, 32, 49)),
+    *(
+        (1, 24, 4608, 128, 4608),
+        (2, 16, 256, 72, 256),
+        (2, 6, 256, 64, 256),
+        (16, 8, 256, 64, 256),
+        (1, 4, 49, 32, 49),
+    ),
 )
 
 
@@ -19,8 +25,7 @@ def cases(device: str, shapes: tuple = (), dtype: torch.dtype = torch.float32) -
     """`shapes` are (B, H, N, D) or (B, H, N, D, M). "fastdiff" is the precision that is as exact as torch is in `dtype`."""
     for shape in shapes or SHAPES:
         B, H, N, D, M = shape if len(shape) == 5 else (*shape, shape[2])
-        make = lambda tokens: torch.randn(B, tokens, H, D, device=device, dtype=dtype)
-        inputs = make(N), make(M), make(M)
+        inputs = tuple(torch.randn(B, tokens, H, D, device=device, dtype=dtype) for tokens in (N, M, M))
         exact = "f32" if dtype == torch.float32 else "bf16"
         contenders = {"fastdiff": _ours(inputs, exact)}
         contenders |= {f"fastdiff {name}": _ours(inputs, name) for name in ("bf16", "int8") if name != exact}

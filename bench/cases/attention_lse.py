@@ -15,8 +15,7 @@ def cases(device: str, shapes: tuple = (), dtype: torch.dtype = torch.float32) -
     """`shapes` as in bench/cases/attention.py."""
     for shape in shapes or SHAPES:
         B, H, N, D, M = shape if len(shape) == 5 else (*shape, shape[2])
-        make = lambda tokens: torch.randn(B, tokens, H, D, device=device, dtype=dtype)
-        inputs = make(N), make(M), make(M)
+        inputs = tuple(torch.randn(B, tokens, H, D, device=device, dtype=dtype) for tokens in (N, M, M))
         turned = tuple(x.transpose(1, 2) for x in inputs)
         precision = "f32" if dtype == torch.float32 else "bf16"
         ours = lambda inputs=inputs, D=D, precision=precision: attention_lse(*inputs, None, None, D**-0.5, precision)

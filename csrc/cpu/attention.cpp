@@ -40,7 +40,7 @@ void measure_task(const Plan<Mode>& p, int64_t first, int64_t task) {
   const Attention& t = p.t;
   const int64_t slot = task / p.layout.blocks, block = task % p.layout.blocks;
   const int64_t b = (first + slot) / t.key_heads, head = (first + slot) % t.key_heads, count = keys_of(p, b, block);
-  float* out = p.layout.head(p.packed, slot).partial + block * 3 * p.layout.padded_dim;
+  float* out = p.layout.head(p.packed, slot).partial + block * 4 * p.layout.padded_dim;
   if (count > 0) measure_block(t, b, head, block * kKeys, count, p.layout.padded_dim, out);
 }
 
@@ -51,18 +51,18 @@ void pack_task(const Plan<Mode>& p, int64_t first, int64_t task) {
   const int64_t b = (first + slot) / t.key_heads, head = (first + slot) % t.key_heads, count = keys_of(p, b, block);
   if (count <= 0) return;
   const Head h = p.layout.head(p.packed, slot);
-  alignas(64) float mean[Mode::kCodes ? kMostDim : 1], scale[Mode::kCodes ? kMostDim : 1], center[Mode::kCodes ? kMostDim : 1];
+  alignas(64) float mean[Mode::kCodes ? kMostDim : 1], scale[Mode::kCodes ? kMostDim : 1], value_mean[Mode::kCodes ? kMostDim : 1];
   if constexpr (Mode::kCodes) {
     const int64_t padded = p.layout.padded_dim;
-    join_blocks(h.partial, p.length(b), t.dim, padded, mean, scale, center);
+    join_blocks(h.partial, p.length(b), t.dim, padded, mean, scale, value_mean);
     if (block == 0) {
       memcpy(h.mean, mean, size_t(padded) * 4);
       memcpy(h.value_scale, scale, size_t(padded) * 4);
-      memcpy(h.value_center, center, size_t(padded) * 4);
+      memcpy(h.value_mean, value_mean, size_t(padded) * 4);
     }
   }
   pack_keys(t, p.layout, h, b, head, block * kKeys, count, Mode::kCodes ? mean : nullptr);
-  pack_values(t, p.layout, h, b, head, block * kKeys, count, scale, center);
+  pack_values(t, p.layout, h, b, head, block * kKeys, count, scale, value_mean);
 }
 
 // log(sum of exp(scores)) of the tile's queries; the mean that codes of keys lack is put back.

@@ -5,7 +5,7 @@
 //   queries  for each unit of the head dimension: NV vectors of one query per lane
 //
 // Codes: the mean of the keys over the tokens is subtracted from each key, which softmax does not see; a key has its own
-// scale, a channel of the values has a scale and the middle of its range.
+// scale. Values lose their mean per channel, which is added to the result, and have a scale per channel.
 #pragma once
 #include "cpu/attention.h"
 #include "cpu/attention_modes.h"
@@ -26,8 +26,8 @@ struct Head {
   uint32_t *k, *v;
   float *scale;                   // of each key
   int32_t *start;                 // of each key: what the sum of its products starts with
-  float *mean, *value_scale, *value_center;  // [dim]
-  float* partial;                 // per block: sum of the keys, least and largest value, each [padded dim]
+  float *mean, *value_scale, *value_mean;  // [padded dim]
+  float* partial;                 // per block: sums of keys and values, least and largest value, each [padded dim]
 };
 
 template <class Mode>
@@ -46,7 +46,7 @@ struct Layout {
   int64_t k_words() const { return round_up(keys * units, 16); }
   int64_t v_words() const { return round_up((keys + kKeys) / Mode::kStep * channels, 16); }
   int64_t words() const {
-    return k_words() + v_words() + (Mode::kCodes ? 2 * round_up(keys, 16) + (3 + 3 * blocks) * padded_dim : 0);
+    return k_words() + v_words() + (Mode::kCodes ? 2 * round_up(keys, 16) + (3 + 4 * blocks) * padded_dim : 0);
   }
 
   Head head(uint32_t* base, int64_t index) const {
@@ -56,8 +56,8 @@ struct Layout {
     h.start = (int32_t*)(h.scale + round_up(keys, 16));
     h.mean = (float*)(h.start + round_up(keys, 16));
     h.value_scale = h.mean + padded_dim;
-    h.value_center = h.value_scale + padded_dim;
-    h.partial = h.value_center + padded_dim;
+    h.value_mean = h.value_scale + padded_dim;
+    h.partial = h.value_mean + padded_dim;
     return h;
   }
 };
@@ -152,37 +152,40 @@ FASTDIFF_ALWAYS void store_units(uint32_t* to, U32 units, int64_t n) {
 // Sums of the keys and ranges of the values of one block: the first half of quantizing.
 static void measure_block(const Attention& t, int64_t b, int64_t head, int64_t first, int64_t count, int64_t padded, float* out) {
   for (int64_t d = 0; d < t.dim; d += kFloats) {
-    F32 sum = {}, low = {}, high = {}, poison = {};
+    F32 keys = {}, values = {}, low = {}, high = {};
     for (int64_t i = 0; i < count; ++i) {
       const char* k = element(t.k, t.type, b, first + i, head) + d * size_of(t.type);
       const char* v = element(t.v, t.type, b, first + i, head) + d * size_of(t.type);
       const F32 x = load_some(v, t.dim - d, t.type);
-      sum = sum + load_some(k, t.dim - d, t.type);
+      keys = keys + load_some(k, t.dim - d, t.type);
+      values = values + x;
       low = i ? smaller(x, low) : x;
       high = i ? larger(x, high) : x;
-      poison = poison + x * 0.0f;
     }
-    store(out + d, sum);
-    store(out + padded + d, low + poison);
-    store(out + 2 * padded + d, high + poison);
+    store(out + d, keys);
+    store(out + padded + d, values);
+    store(out + 2 * padded + d, low);
+    store(out + 3 * padded + d, high);
   }
 }
 
-// The same of all `count` keys, from the blocks in order: mean of the keys, scale and center of the values. NaN stays.
-static void join_blocks(const float* partial, int64_t count, int64_t dim, int64_t padded, float* mean, float* scale, float* center) {
+// The same of all `count` keys, from the blocks in order: means of keys and values, scale of the values. A channel with a
+// value that is not finite is NaN.
+static void join_blocks(const float* partial, int64_t count, int64_t dim, int64_t padded, float* mean, float* scale, float* value_mean) {
   const int64_t blocks = (count + kKeys - 1) / kKeys;
   for (int64_t d = 0; d < dim; d += kFloats) {
-    F32 sum = {}, low = load<F32>(partial + padded + d), high = load<F32>(partial + 2 * padded + d), poison = {};
+    F32 keys = {}, values = {}, low = load<F32>(partial + 2 * padded + d), high = load<F32>(partial + 3 * padded + d);
     for (int64_t i = 0; i < blocks; ++i) {
-      const float* p = partial + 3 * i * padded + d;
-      sum = sum + load<F32>(p);
-      low = smaller(low, load<F32>(p + padded));
-      high = larger(high, load<F32>(p + 2 * padded));
-      poison = poison + load<F32>(p + padded) * 0.0f;
+      const float* p = partial + 4 * i * padded + d;
+      keys = keys + load<F32>(p);
+      values = values + load<F32>(p + padded);
+      low = smaller(low, load<F32>(p + 2 * padded));
+      high = larger(high, load<F32>(p + 3 * padded));
     }
-    store(mean + d, sum / splat(float(count)));
-    store(center + d, (low + high) * 0.5f + poison);
-    store(scale + d, (high - low) * (0.5f / 127.0f) + poison);
+    const F32 middle = values / splat(float(count));
+    store(mean + d, keys / splat(float(count)));
+    store(value_mean + d, middle);
+    store(scale + d, larger(high - middle, middle - low) * (1.0f / 127.0f) + middle * 0.0f);
   }
 }
 
@@ -211,11 +214,11 @@ static void pack_keys(const Attention& t, const Layout<Mode>& l, const Head& h, 
 }
 
 template <class Mode>
-static void pack_values(const Attention& t, const Layout<Mode>& l, const Head& h, int64_t b, int64_t head, int64_t first, int64_t count, const float* scale, const float* center) {
+static void pack_values(const Attention& t, const Layout<Mode>& l, const Head& h, int64_t b, int64_t head, int64_t first, int64_t count, const float* scale, const float* mean) {
   const int64_t steps = (count + Mode::kStep - 1) / Mode::kStep;
   uint32_t* block = h.v + first / Mode::kStep * l.channels;
   for (int64_t d = 0; d < t.dim; d += kFloats) {
-    const F32 factor = Mode::kCodes ? 1.0f / load<F32>(scale + d) : F32{}, middle = Mode::kCodes ? load<F32>(center + d) : F32{};
+    const F32 factor = Mode::kCodes ? 1.0f / load<F32>(scale + d) : F32{}, middle = Mode::kCodes ? load<F32>(mean + d) : F32{};
     for (int64_t s = 0; s < steps; ++s) {
       F32 rows[Mode::kStep] = {};
       FASTDIFF_UNROLL for (int r = 0; r < Mode::kStep; ++r) {

@@ -43,13 +43,13 @@ def _check_mask(q, k, mask) -> None:
 
 
 def _rounded(q, k, v, precision: str):
-    """What the products of `precision` see of float32 operands; float64 operands stay as they are."""
+    """What the products of `precision` see of float32 operands, and what is added to the result; float64 stays as it is."""
     if precision == "f32" or q.dtype == torch.float64 or not k.shape[1]:
-        return q, k, v
+        return q, k, v, torch.zeros_like(v[:, :1])
     if precision == "bf16":
-        return tuple(x.bfloat16().float() for x in (q, k, v))
-    mean, low, high = k.mean(1, keepdim=True), v.amin(1, keepdim=True), v.amax(1, keepdim=True)
-    return _coded(q, -1), mean + _coded(k - mean, -1), (low + high) / 2 + _coded(v - (low + high) / 2, 1)
+        return *(x.bfloat16().float() for x in (q, k, v)), torch.zeros_like(v[:, :1])
+    k_mean, v_mean = k.mean(1, keepdim=True), v.mean(1, keepdim=True)
+    return _coded(q, -1), k_mean + _coded(k - k_mean, -1), _coded(v - v_mean, 1), v_mean
 
 
 def _coded(x, dim: int):
@@ -58,11 +58,14 @@ def _coded(x, dim: int):
 
 
 def _weights(scores, precision: str):
-    """exp(scores) of scores up to 0, as the products of `precision` see them."""
+    """exp(scores) of scores up to 0, as the products of `precision` see them, and their sum."""
     weights = scores.exp()
-    if precision == "f32" or scores.dtype == torch.float64:
-        return weights
-    return weights.bfloat16().float() if precision == "bf16" else (weights * 255).round() / 255
+    if scores.dtype == torch.float32 and precision == "bf16":
+        weights = weights.bfloat16().float()
+    total = weights.sum(-1, keepdim=True)
+    if scores.dtype == torch.float32 and precision == "int8":
+        weights = (weights * 255).round() / 255
+    return weights, total
 
 
 def _keep(x, kept):
@@ -82,14 +85,16 @@ def _reference(q, k, v, mask, key_lengths, scale, precision):
         kept = torch.arange(M, device=q.device) < key_lengths[:, None]  # [B, M]
         bias = bias.masked_fill(~kept[:, None, None], -math.inf)
         k, v = _keep(k, kept), _keep(v, kept)
-    q, k, v = _rounded(q, k, v, precision)
-    k, v = (x.repeat_interleave(H // max(x.shape[2], 1), 2) for x in (k, v))
+    q, *parts = _rounded(q, k, v, precision)
+    k, v, center = (x.repeat_interleave(H // max(x.shape[2], 1), 2) for x in parts)
     scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * scale + bias
     top = scores.amax(-1, keepdim=True) if M else scores.new_full((B, H, N, 1), -math.inf)
     top = torch.where(top == -math.inf, 0, top)
-    weights = _weights(scores - top, precision)
-    total = weights.sum(-1, keepdim=True)
-    out = torch.einsum("bhnm,bmhd->bnhd", weights, v) / torch.where(total == 0, 1, total).permute(0, 2, 1, 3)
+    weights, total = _weights(scores - top, precision)
+    share = total.permute(0, 2, 1, 3)  # [B, N, H, 1]
+    out = torch.einsum("bhnm,bmhd->bnhd", weights, v) / torch.where(share == 0, 1, share)
+    if M:
+        out = out + torch.where(share == 0, 0, center)
     return out.to(dtype), (top + total.log()).squeeze(-1)
 
 
@@ -112,8 +117,9 @@ def attention(
     scale        usually D^-0.5
     precision    "f32": float32 throughout
                  "bf16": q, k, v and the weights exp(score - maximum) are rounded to bfloat16
-                 "int8": q per token, k minus its mean over the tokens per token, v per channel with the middle of its
-                 range at 0, and the weights in steps of 1/255; sums of products of codes are exact
+                 "int8": codes of q per token, of k minus its mean over the tokens per token, of v minus its mean per
+                 channel, and of the weights in steps of 1/255; sums of products of codes are exact. Signal to noise of
+                 normal logits of deviation 1 and 2: 35 and 29 dB (4096 keys); more where keys are fewer
     out          [B, N, H, D], dtype of q
 
     Sums are float32 whatever the precision. A query without keys gives 0. NaN and infinite scores give NaN as in torch; in
