@@ -12,7 +12,7 @@ from fastdiff.quant.hadamard import block_of, rotate
 from fastdiff.quant.layer import QLayer
 from fastdiff.quant.linear import QLinear
 from fastdiff.quant.lowrank import split_low_rank
-from fastdiff.quant.measures import sqnr_db
+from fastdiff.quant.measures import energies, sqnr_db
 from fastdiff.quant.observers import ChannelObserver
 from fastdiff.quant.qtensor import QTensor, quantize
 from fastdiff.quant.schemes import LowRank, Rotate, Scheme, Smooth
@@ -26,11 +26,19 @@ def build_layer(layer: nn.Module, scheme: Scheme, stats: ChannelObserver | None 
 
     stats  of the layer's inputs, for smoothing and GPTQ
     """
+    return build_measured(layer, scheme, stats)[0]
+
+
+def build_measured(
+    layer: nn.Module, scheme: Scheme, stats: ChannelObserver | None = None
+) -> tuple[nn.Module, tuple[float, float]]:
+    """`build_layer`, and the energies of the weight and of its error."""
     if scheme.split_input is not None:
         return _split(layer, scheme)
     if isinstance(layer, nn.Conv2d):
         weight = as_matrix(layer.weight.detach().float())
-        return QConv2d(_round(weight, scheme, stats and stats.hessian), layer, scheme)
+        rounded = _round(weight, scheme, stats and stats.hessian)
+        return QConv2d(rounded, layer, scheme), energies(weight, rounded.dequantize())
     return _build_linear(layer, scheme, stats)
 
 
@@ -69,7 +77,9 @@ def restore_layer(layer: nn.Module, scheme: Scheme, tensors: dict[str, Tensor]) 
     return made
 
 
-def _build_linear(layer: nn.Linear, scheme: Scheme, stats: ChannelObserver | None) -> QLinear:
+def _build_linear(
+    layer: nn.Linear, scheme: Scheme, stats: ChannelObserver | None
+) -> tuple[QLinear, tuple[float, float]]:
     weight = layer.weight.detach().float()
     hessian = None if stats is None else stats.hessian
     smooth = _smooth(weight, scheme, stats)
@@ -84,10 +94,13 @@ def _build_linear(layer: nn.Linear, scheme: Scheme, stats: ChannelObserver | Non
     if rotation > 1:
         weight = rotate(weight, rotation)
         hessian = None if hessian is None else rotate(rotate(hessian, rotation).T, rotation)
-    made = QLinear(_round(weight, scheme, hessian), layer.bias, scheme, smooth, rotation)
+    rounded = _round(weight, scheme, hessian)
+    made = QLinear(rounded, layer.bias, scheme, smooth, rotation)
     if branch is not None:
         made.set_low_rank(*branch)
-    return made
+    if smooth is None and branch is None:  # rotation changes neither energy
+        return made, energies(weight, rounded.dequantize())
+    return made, energies(layer.weight, made.dense())
 
 
 def _round(weight: Tensor, scheme: Scheme, hessian: Tensor | None) -> QTensor:
@@ -112,9 +125,10 @@ def _rotation(scheme: Scheme, k: int) -> int:
     return 1 if rotation is None else block_of(k, rotation.group)
 
 
-def _split(layer: nn.Module, scheme: Scheme) -> QSplit:
-    parts = [build_layer(*_part(layer, scheme, i)) for i in range(2)]
-    return QSplit(*parts, scheme.split_input, -1 if isinstance(layer, nn.Linear) else 1)
+def _split(layer: nn.Module, scheme: Scheme) -> tuple[QSplit, tuple[float, float]]:
+    parts, sums = zip(*(build_measured(*_part(layer, scheme, i)) for i in range(2)), strict=True)
+    made = QSplit(*parts, scheme.split_input, -1 if isinstance(layer, nn.Linear) else 1)
+    return made, (sums[0][0] + sums[1][0], sums[0][1] + sums[1][1])
 
 
 def _part(layer: nn.Module, scheme: Scheme, index: int) -> tuple[nn.Module, Scheme]:

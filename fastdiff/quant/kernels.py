@@ -21,7 +21,8 @@ def linear_kernel(layer: Any) -> Kernel | None:
     if weight.dtype == "int4":
         dynamic = x is None or (x.dtype == "int8" and x.dynamic and x.granularity == "token")
         name = per_group.get(None if x is None else x.granularity) if dynamic else None
-        return _grouped(layer, name) if name and hasattr(ops, name) else None
+        whole_steps = layer.in_features // (layer.weight_scale.numel() // layer.out_features) % 8 == 0
+        return _grouped(layer, name) if name and whole_steps and hasattr(ops, name) else None
     if weight.granularity != "channel":
         return None
     if x is None:

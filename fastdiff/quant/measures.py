@@ -1,18 +1,35 @@
 """How far two tensors or two sets of pictures are apart."""
 
+import math
+
 import torch
 from torch.nn import functional as F
 
 Tensor = torch.Tensor
 
 
+_CHUNK = 1 << 18  # elements that stay in the cache
+
+
 def sqnr_db(x: Tensor, y: Tensor) -> float:
-    """Signal-to-noise ratio 10 log10(sum x^2 / sum (x - y)^2) of y against x in dB, in float64; inf when equal."""
-    x, y = x.detach().double(), y.detach().double()
-    noise, signal = float((x - y).square().sum()), float(x.square().sum())
+    """Signal-to-noise ratio 10 log10(sum x^2 / sum (x - y)^2) of y against x in dB, sums in float64; inf when equal."""
+    return ratio_db(*energies(x, y))
+
+
+def energies(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Sums of x^2 and of (x - y)^2 in float64, differences in the wider of both dtypes."""
+    signal = noise = 0.0
+    for a, b in zip(x.detach().flatten().split(_CHUNK), y.detach().flatten().split(_CHUNK), strict=True):
+        signal += float(a.square().sum(dtype=torch.float64))
+        noise += float((a - b).square().sum(dtype=torch.float64))
+    return signal, noise
+
+
+def ratio_db(signal: float, noise: float) -> float:
+    """10 log10 of the ratio; inf without noise, -inf without signal."""
     if noise == 0.0:
-        return float("inf")
-    return 10.0 * float(torch.log10(torch.tensor(signal / noise, dtype=torch.float64))) if signal else float("-inf")
+        return math.inf
+    return 10.0 * math.log10(signal / noise) if signal else -math.inf
 
 
 def to_bytes(images: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """QTensor: codes, scales and the setting that made them; the reference of every quantized weight."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from fastdiff.quant.schemes import TensorSpec
 Tensor = torch.Tensor
 
 GROUPS = {"nvfp4": 16, "mxfp4": 32}
+_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +79,25 @@ def quantize(x: Tensor, spec: TensorSpec) -> QTensor:
     """
     if x.dim() != 2:
         raise ValueError(f"quantize: a matrix [N, K] expected, got {list(x.shape)}")
-    x = x.detach().float()
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError("quantize: the weight holds NaN or Inf; repair the checkpoint")
+    x = x.detach()
     N, K = x.shape
     group = group_of(spec, K) if K else 1
     if x.numel() == 0:
         return QTensor(torch.zeros(N, K, dtype=code_dtype(spec)), torch.ones(N, 1), None, spec)
+    if spec.dtype == "nvfp4":  # its scales have a scale of the whole matrix
+        return _quantize(x.float(), group, spec)
+    # a few rows at a time stay in the cache: that is most of the time of a large model
+    parts = [_quantize(rows.float(), group, spec) for rows in x.split(max(1, _CHUNK // K))]
+    if len(parts) == 1:
+        return parts[0]
+    join = lambda values: None if values[0] is None else torch.cat(values)
+    return QTensor(join([p.codes for p in parts]), join([p.scale for p in parts]), join([p.zero for p in parts]), spec)
+
+
+def _quantize(x: Tensor, group: int, spec: TensorSpec) -> QTensor:
+    if not all(math.isfinite(bound) for bound in torch.aminmax(x)):
+        raise ValueError("quantize: the weight holds NaN or Inf; repair the checkpoint")
+    N, K = x.shape
     rows = x.reshape(-1, group)
     if spec.dtype in _FLOATING:
         codes, scale, scale2 = _FLOATING[spec.dtype](rows)

@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastdiff.quant import observe
-from fastdiff.quant.build import build_layer, restore_layer, weight_sqnr_db
+from fastdiff.quant.build import build_layer, build_measured, restore_layer, weight_sqnr_db
 from fastdiff.quant.calibration import CalibrationSet
 from fastdiff.quant.layer import QLayer, qlayers
+from fastdiff.quant.measures import ratio_db
 from fastdiff.quant.observers import ChannelObserver, RangeObserver
 from fastdiff.quant.plan import LayerPlan, set_module
 from fastdiff.quant.ranging import fix_ranges
@@ -61,12 +62,14 @@ class Work:
         target = self._reference_output(block) if learned else None
         for name in names:
             layer, plan = self.net.get_submodule(name), self.plans[name]
-            made = build_layer(layer, plan.scheme, self.channels.get(name))
+            made, sums = build_measured(layer, plan.scheme, self.channels.get(name))
+            self.sqnr[name] = ratio_db(*sums)
             self._swap(name, layer, made)
         if learned:
             self._learn(block, learned, target)
         for name in names:
-            self.sqnr[name] = weight_sqnr_db(self.originals[name], self.net.get_submodule(name))
+            if name in learned:
+                self.sqnr[name] = weight_sqnr_db(self.originals[name], self.net.get_submodule(name))
             if not self.keep:
                 del self.originals[name]
 
