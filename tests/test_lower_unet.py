@@ -383,7 +383,7 @@ def test_record_names_every_layer_and_what_is_spared():
     assert runs["mid_block.attentions.0.proj_in"] == ("bfloat16", "asked for")
     assert runs["mid_block.attentions.0.transformer_blocks.0.attn2.kv"][0] == "bfloat16"
     for name in ("conv_in", "conv_out"):
-        assert runs[name][0] == "bfloat16" and "layer" in runs[name][1]
+        assert runs[name][0] == "float32" and "layer" in runs[name][1]
 
 
 def test_original_weights_can_be_given_up():
@@ -397,7 +397,7 @@ def test_original_weights_can_be_given_up():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode, least", (("bf16", 34.0), ("w8a8", 30.0)))
+@pytest.mark.parametrize("mode, least", (("bf16", 48.0), ("w8a8", 34.0)))
 def test_samplings_of_the_bundled_model_stay_close(mode, least):
     model = load_model("bundled:unet")
     model.net.eval()

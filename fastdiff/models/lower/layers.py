@@ -103,11 +103,14 @@ class Packer:
         self._keep_original = keep_original or dry
         self._dry = dry
 
-    def linear(self, name: str, *linears: nn.Linear, pairs: bool = False, spare: str = "") -> PackedLinear:
+    def linear(
+        self, name: str, *linears: nn.Linear, pairs: bool = False, spare: str = "", precise: str = ""
+    ) -> PackedLinear:
         """Linear layers that share an input, next to each other. A convolution of 1 x 1 is one over pixels.
 
-        pairs  the halves of the output are a value and its gate (GEGLU)
-        spare  why the weights stay in floating point, in a mode that quantizes
+        pairs    the halves of the output are a value and its gate (GEGLU)
+        spare    why the weights stay in floating point, in a mode that quantizes
+        precise  why the weights are float32, in every mode
         """
         for layer in linears:
             _check_plain(name, layer, nn.Conv2d if _is_pointwise(layer) else nn.Linear)
@@ -119,8 +122,8 @@ class Packer:
             weight = interleave(weight[:half], weight[half:])
             bias = None if bias is None else interleave(bias[:half], bias[half:])
         total = lambda codes: codes.sum(dim=1, dtype=torch.int32)
-        packed, scale, sums = self._pack(weight, pack, self._format(name, spare), total)
-        self._note(name, packed, spare)
+        packed, scale, sums = self._pack(weight, pack, self._format(name, spare, precise), total)
+        self._note(name, packed, precise or spare)
         self._give_up(*linears)
         return PackedLinear(packed, scale, sums, bias, weight.shape[0], self.mode.stream)
 
@@ -132,20 +135,22 @@ class Packer:
         padding: list[int] | None = None,
         upsample: int = 1,
         spare: str = "",
+        precise: str = "",
     ) -> PackedConv:
         """A convolution with a square kernel.
 
-        channels  of the two segments that its input comes in
-        padding   left, right, top, bottom, where it differs from the layer's own
+        channels        of the two segments that its input comes in
+        padding         left, right, top, bottom, where it differs from the layer's own
+        spare, precise  as in `linear`
         """
         _check_plain(name, conv, nn.Conv2d)
         flat = conv.weight.detach().to("meta" if self._dry else "cpu").float().flatten(1)
-        form = self._format(name, spare)
+        form = self._format(name, spare, precise)
         shape, segments = conv.weight.shape, channels or (conv.in_channels,)
         arrange = lambda values: pack_conv(values.view(values.shape[0], *shape[1:]), segments)
         total = lambda codes: conv_weight_sums(codes.view(codes.shape[0], *shape[1:]), segments)
         packed, scale, sums = self._pack(flat, arrange, form, total)
-        self._note(name, packed, spare)
+        self._note(name, packed, precise or spare)
         if padding is None:
             padding = [conv.padding[1], conv.padding[1], conv.padding[0], conv.padding[0]]
         bias = None if conv.bias is None else conv.bias.detach().float()
@@ -153,7 +158,9 @@ class Packer:
         geometry = (conv.out_channels, conv.kernel_size[0], conv.stride[0], padding, upsample)
         return PackedConv(packed, scale, sums, bias, *geometry, self.mode.stream)
 
-    def _format(self, name: str, spare: str) -> torch.dtype:
+    def _format(self, name: str, spare: str, precise: str) -> torch.dtype:
+        if precise:
+            return torch.float32
         quantized = self.mode.weights == torch.int8
         if quantized and (spare or name in self._spared):
             return self.mode.stream

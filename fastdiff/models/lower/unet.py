@@ -18,6 +18,7 @@ from fastdiff.temporal import TemporalTable
 
 Tensor = torch.Tensor
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# their weights in bfloat16 cost 15 dB of a 20-step sampling of the bundled model: a bias that is the same at each step
 _FIRST = "first layer: few input channels, and its error reaches everything"
 _LAST = "last layer: few output channels, and its error reaches the image"
 
@@ -31,16 +32,15 @@ class LoweredUNet:
     def __init__(self, module: nn.Module, packer: Packer, exact_time: bool) -> None:
         self.record = packer.record
         self._module = module
-        self._stream = packer.mode.stream
         self._structure = Structure(module)
         assembly = Assembly(packer)
-        self._first = pack_conv(packer, "conv_in", module.conv_in, spare=_FIRST)
+        self._first = pack_conv(packer, "conv_in", module.conv_in, precise=_FIRST)
         self._down, self._mid, self._up = pack_levels(assembly, module)
         # diffusers' conditional network resizes to the skip connection where a size does not halve
         symmetric = all(level.resample is None or level.resample.padding == [1, 1, 1, 1] for level in self._down)
         self._crops = symmetric and type(module).__name__ == "UNet2DConditionModel"
-        self._norm = pack_norm(packer, "conv_norm_out", module.conv_norm_out)
-        self._last = pack_conv(packer, "conv_out", module.conv_out, spare=_LAST)
+        self._norm = pack_norm(packer, "conv_norm_out", module.conv_norm_out, torch.float32)
+        self._last = pack_conv(packer, "conv_out", module.conv_out, precise=_LAST)
         context = getattr(module, "encoder_hid_proj", None)
         self._context = None if context is None else packer.linear("encoder_hid_proj", context, spare="runs once")
         self._cross = assembly.cross
@@ -121,7 +121,7 @@ class LoweredUNet:
     def body(self, sample: Tensor, rows: Tensor, *encoded: Tensor) -> Tensor:
         """`[B, C, H, W]`, the time projections and the encoded context to `[B, C', H, W]` in the sample's dtype."""
         conditions = Conditions(rows, encoded)
-        x = self._first(ops.copy(sample.permute(0, 2, 3, 1), self._stream))
+        x = self._first(ops.copy(sample.permute(0, 2, 3, 1), torch.float32))
         skips = [x]
         for level in self._down:
             for stage in level.stages:

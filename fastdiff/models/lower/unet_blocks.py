@@ -57,7 +57,7 @@ class Norm:
     weight: Tensor | None
     bias: Tensor | None
     eps: float
-    stream: torch.dtype
+    out_dtype: torch.dtype
 
     def __call__(
         self,
@@ -68,7 +68,7 @@ class Norm:
         shift: Tensor | None = None,
     ) -> Tensor:
         affine = (self.groups, self.weight, self.bias, self.eps)
-        return ops.group_norm(x, second, *affine, activation, scale, shift, None, self.stream)
+        return ops.group_norm(x, second, *affine, activation, scale, shift, None, self.out_dtype)
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,11 @@ class ResBlock:
         return self.conv2(h, residual=residual)
 
 
-def pack_norm(packer: Packer, name: str, norm: nn.GroupNorm) -> Norm:
+def pack_norm(packer: Packer, name: str, norm: nn.GroupNorm, out_dtype: torch.dtype | None = None) -> Norm:
+    """Packs a group norm, whose results are in `out_dtype` (the stream's)."""
     require(type(norm) is nn.GroupNorm, f"{name} is a {type(norm).__name__}, not a plain GroupNorm")
-    return Norm(norm.num_groups, as_float(norm.weight), as_float(norm.bias), norm.eps, packer.mode.stream)
+    out_dtype = out_dtype or packer.mode.stream
+    return Norm(norm.num_groups, as_float(norm.weight), as_float(norm.bias), norm.eps, out_dtype)
 
 
 def as_float(parameter: Tensor | None) -> Tensor | None:
