@@ -32,7 +32,7 @@ static void run(const Activate& t) {
       if (past) {
         for (int64_t i = 0; i < n; i += kFloats) put_past(out + i * size_of(kType), at(i, Whole()), kType);
       } else {
-        each_vector(n, [&](int64_t i, auto part) { put(out + i * size_of(kType), at(i, part), kType, part); });
+        each_vector(n, [&](int64_t i, auto part) { put_result(out + i * size_of(kType), at(i, part), kType, part); });
       }
     }
     _mm_sfence();

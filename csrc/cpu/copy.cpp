@@ -64,7 +64,7 @@ FASTDIFF_ALWAYS void copy_run(const char* in, int64_t stride, char* out, int64_t
   } else if (past) {
     for (int64_t i = 0; i < n; i += kFloats) {
       const F32 value = lift<kIn, kOut>(in + i * from, Whole());
-      put_past(out + i * to, value, kMoves<kIn, kOut> ? int(kBFloat16) : kOut);
+      put_past(out + i * to, value, kOut);
     }
   } else {
     each_vector(n, [&](int64_t i, auto part) { lower<kIn, kOut>(out + i * to, lift<kIn, kOut>(in + i * from, part), part); });
@@ -75,7 +75,7 @@ template <int kIn, int kOut>
 static void copy_rows(const Copy& c, const int64_t* out_stride, int64_t total, bool past) {
   const int last = c.dims - 1;
   const int64_t n = c.size[last], stride = c.stride[last], chunks = (n + kRun - 1) / kRun, rows = total / n;
-  past = past && stride == 1 && n % kFloats == 0 && !(kMoves<kIn, kOut> && kIn == kFloat16);
+  past = past && kOut == kFloat32 && stride == 1 && n % kFloats == 0;
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const Place p = place(c, out_stride, 1u << last, task / chunks);

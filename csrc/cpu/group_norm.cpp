@@ -189,12 +189,12 @@ FASTDIFF_ALWAYS void finish(void* out, F32 y, const Scaled& s, bool past, Whole)
   if (s.silu) y = silu(y);
   if (kOut == kInt8) return put(out, y * s.inverse, kInt8, Whole());
   if (past) return put_past(out, y, kOut);
-  put(out, y, kOut, Whole());
+  put_result(out, y, kOut, Whole());
 }
 template <int kOut>
 FASTDIFF_ALWAYS void finish(void* out, F32 y, const Scaled& s, bool, Part part) {
   if (s.silu) y = silu(y);
-  put(out, kOut == kInt8 ? y * s.inverse : y, kOut, part);
+  put_result(out, kOut == kInt8 ? y * s.inverse : y, kOut, part);
 }
 
 // Whether results are stored past the caches: large, and every vector aligned.

@@ -59,7 +59,7 @@ static void add_gated(const NormModulate& t, const void* x, const void* y, const
     each_vector(t.channels, [&](int64_t c, auto part) {
       F32 more = fetch(element(y, c, y_type), y_type, part);
       if (gate) more = fetch(gate + c, kFloat32, part) * more;
-      put(element(sum, c, kType), fetch(element(x, c, kType), kType, part) + more, kType, part);
+      put_result(element(sum, c, kType), fetch(element(x, c, kType), kType, part) + more, kType, part);
     });
   });
 }
@@ -84,7 +84,7 @@ FASTDIFF_ALWAYS void write_row(const Row& row, int64_t n, void* out, bool past) 
   if (past) {
     for (int64_t c = 0; c < n; c += kFloats) put_past(element(out, c, kOut), Row::at(row, c, Whole()), kOut);
   } else {
-    each_vector(n, [&](int64_t c, auto part) { put(element(out, c, kOut), Row::at(row, c, part), kOut, part); });
+    each_vector(n, [&](int64_t c, auto part) { put_result(element(out, c, kOut), Row::at(row, c, part), kOut, part); });
   }
 }
 

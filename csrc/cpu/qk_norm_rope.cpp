@@ -41,10 +41,10 @@ FASTDIFF_ALWAYS void write_head(const QkNormRope& t, const float* x, const Rotat
   const int64_t D = t.dim, half = D / 2;
   auto rotated = [&](int64_t i, F32 v, F32 turned, auto part) {
     const F32 y = v * fetch(r.cosine + i, kFloat32, part) + turned * fetch(r.sine + i, kFloat32, part);
-    put(element(out, i, kOut), y, kOut, part);
+    put_result(element(out, i, kOut), y, kOut, part);
   };
   if (!r.exists) {
-    each_vector(D, [&](int64_t i, auto part) { put(element(out, i, kOut), fetch(x + i, kFloat32, part), kOut, part); });
+    each_vector(D, [&](int64_t i, auto part) { put_result(element(out, i, kOut), fetch(x + i, kFloat32, part), kOut, part); });
   } else if (t.interleaved) {
     each_vector(D, [&](int64_t i, auto part) {
       const F32 v = fetch(x + i, kFloat32, part);

@@ -106,11 +106,36 @@ FASTDIFF_ALWAYS void put(void* to, F32 value, int type, Part part) {
 }
 #endif
 
-// Past the caches; `to` must be aligned to the bytes written. _mm_sfence() before other threads may read it.
+#if defined(__AVX512BF16__)
+FASTDIFF_ALWAYS __m256i narrow(F32 value) { return (__m256i)_mm512_cvtneps_pbh((__m512)value); }
+#else
+// what the instruction does: numbers below 2^-126 become zeros
+FASTDIFF_ALWAYS U16Half narrow(F32 value) {
+  const U32 bits = (U32)value, zero = bits & 0x80000000u;
+  return __builtin_convertvector(to_bfloat16((F32)((bits & 0x7f800000u) == 0u ? zero : bits)), U16Half);
+}
+#endif
+
+// The same as put, but bfloat16 results have no subnormal numbers: one instruction instead of eight.
+FASTDIFF_ALWAYS void put_result(void* to, F32 value, int type, Whole) {
+  if (type != kBFloat16) return put(to, value, type, Whole());
+  store(to, narrow(value));
+}
+FASTDIFF_ALWAYS void put_result(void* to, F32 value, int type, Part part) {
+  if (type != kBFloat16) return put(to, value, type, part);
+  const auto half = narrow(value);
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_epi16(to, lanes(part), (__m256i)half);
+#else
+  memcpy(to, &half, size_t(part.n) * 2);
+#endif
+}
+
+// put_result past the caches; `to` must be aligned to the bytes written. _mm_sfence() before other threads may read it.
 FASTDIFF_ALWAYS void put_past(void* to, F32 value, int type) {
   if (type == kFloat32) return store_past((float*)to, value);
   alignas(kBytes / 2) char half[kBytes / 2];
-  store_float(half, value, type);
+  put_result(half, value, type, Whole());
 #if defined(__AVX512F__)
   _mm256_stream_si256((__m256i*)to, _mm256_load_si256((const __m256i*)half));
 #elif defined(__AVX2__)
@@ -120,19 +145,32 @@ FASTDIFF_ALWAYS void put_past(void* to, F32 value, int type) {
 #endif
 }
 
+// The sum of a vector's lanes: the upper half is added to the lower until one is left.
+FASTDIFF_ALWAYS float join_lanes(F32 value) {
+#if defined(__AVX512F__)
+  const __m512 all = (__m512)value;
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+#elif defined(__AVX2__)
+  const __m256 eight = (__m256)value;
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+#else
+  __m128 four = (__m128)value;
+#endif
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+
 // 64 sums side by side: lane l takes elements l, l + 64, ...; then halves are added until one is left.
 struct Lanes64 {
   static constexpr int kVectors = 64 / kFloats;
   F32 v[kVectors] = {};
 
   FASTDIFF_ALWAYS float join(Lanes64& s) {
+    FASTDIFF_UNROLL
     for (int half = kVectors / 2; half > 0; half /= 2)
       for (int k = 0; k < half; ++k) s.v[k] = s.v[k] + s.v[k + half];
-    float each[kFloats];
-    store(each, s.v[0]);
-    for (int half = kFloats / 2; half > 0; half /= 2)
-      for (int l = 0; l < half; ++l) each[l] = each[l] + each[l + half];
-    return each[0];
+    return join_lanes(s.v[0]);
   }
 };
 
@@ -187,17 +225,18 @@ struct Moments {
 
 template <int kType>
 FASTDIFF_ALWAYS Moments moments(const void* x, int64_t n) {
+  const double share = 1.0 / double(n);
   double sum = 0, first = 0, second = 0;
   for (int64_t i = 0; i < n; i += kBlock)
     sum += double(sum_block<kType>(element(x, i, kType), n - i < kBlock ? n - i : kBlock));
-  const float pivot = float(sum / double(n));
+  const float pivot = float(sum * share);
   for (int64_t i = 0; i < n; i += kBlock) {
     float a, b;
     sum_about<kType>(element(x, i, kType), n - i < kBlock ? n - i : kBlock, pivot, a, b);
     first += double(a);
     second += double(b);
   }
-  const double rest = first / double(n), variance = second / double(n) - rest * rest;
+  const double rest = first * share, variance = second * share - rest * rest;
   return {pivot, float(rest), variance < 0 ? 0.0f : float(variance)};
 }
 
