@@ -74,13 +74,13 @@ def test_int8_does_not_mind_what_all_keys_or_values_share(size):
 
 
 def test_int8_sums_are_exact():
-    # one key per query decides, and codes of +-127 stand for +-1 exactly
+    # one key per query decides, and codes of +-127 stand for +-1 exactly; 1.1e-4 is the error of a weight's exponential
     v = _normal(0, 1, 128, 1, 32).sign()
     v = torch.cat([v, -v], 1)  # of mean 0
     k = 64 * torch.eye(256)[None, :, None]
     v = torch.cat([v, torch.zeros(1, 256, 1, 224)], 3)
     got = _run(k, k, v, scale=1.0, precision="int8")
-    torch.testing.assert_close(got, v, rtol=0, atol=1e-6)
+    torch.testing.assert_close(got, v, rtol=0, atol=1.2e-4)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

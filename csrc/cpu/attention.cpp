@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kVectors = 2;                         // of queries in a tile: 16 sums of 8 keys fill half the registers
 constexpr int64_t kPacked = int64_t(8) << 20;       // bytes of keys and values that lie ready at a time
+constexpr int64_t kNear = int64_t(1) << 19;         // bytes of keys and values that leave room in the second cache
 constexpr int64_t kSerial = int64_t(1) << 17;       // multiplications below which a second thread costs more than it saves
 
 template <class Mode>
@@ -21,6 +22,7 @@ struct Plan {
   const Attention& t;
   Layout<Mode> layout;
   uint32_t* packed;
+  bool by_tile;  // the order of the tasks
 
   int64_t length(int64_t b) const {
     if (t.lengths == nullptr) return t.keys;
@@ -116,20 +118,22 @@ void run_tile(const Plan<Mode>& p, int64_t b, int64_t head, int64_t slot, int64_
   if (t.lse) write_lse<Mode, NV>(t, h, b, head, q0, top, total);
 }
 
-// Queries [first, last) of the list of tiles: heads of a group, one after another.
+// Tiles [begin, end) of a group of heads: all tiles of a head, then the next head; or, where the keys and values of a sample
+// stay in the second cache, all heads of a tile, so that whole rows of queries and results are in it.
 template <class Mode>
 void run_tiles(const Plan<Mode>& p, int64_t first_head, int64_t begin, int64_t end) {
   const Attention& t = p.t;
   constexpr int64_t wide = kVectors * kFloats;
   const int64_t tiles = (t.queries + wide - 1) / wide, share = t.heads / t.key_heads;
+  const int64_t heads = p.by_tile ? t.heads : 1, per_turn = tiles * heads;
   const auto room = [](int64_t vectors) { return size_t(vectors) * wide * sizeof(float); };
   const Scratch s{(uint32_t*)__builtin_alloca_with_align(room(p.layout.units), 512),
                   (float*)__builtin_alloca_with_align(room(kKeys), 512),
                   (float*)__builtin_alloca_with_align(room(p.layout.channels), 512)};
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t q0 = task % tiles * wide, slot = task / tiles / share;
-    const int64_t b = (first_head + slot) / t.key_heads;
-    const int64_t head = (first_head + slot) % t.key_heads * share + task / tiles % share;
+    const int64_t q0 = task % per_turn / heads * wide, query_head = task / per_turn * heads + task % heads;
+    const int64_t slot = query_head / share, b = (first_head + slot) / t.key_heads;
+    const int64_t head = (first_head + slot) % t.key_heads * share + query_head % share;
     if (t.queries - q0 <= kFloats) {
       run_tile<Mode, 1>(p, b, head, slot, q0, s);
     } else {
@@ -142,8 +146,11 @@ template <class Mode>
 void run(const Attention& t) {
   const Layout<Mode> layout(t);
   const int64_t heads = t.batch * t.key_heads, bytes = layout.words() * 4;
-  const int64_t room = kPacked / (bytes ? bytes : 1), group = room < 1 ? 1 : room < heads ? room : heads;
-  const Plan<Mode> p{t, layout, (uint32_t*)workspace(4, size_t(group * bytes + 64))};
+  const bool by_tile = t.key_heads * bytes <= kNear;
+  int64_t group = kPacked / (bytes ? bytes : 1);
+  if (by_tile) group -= group % (t.key_heads ? t.key_heads : 1);
+  group = group < 1 ? 1 : group < heads ? group : heads;
+  const Plan<Mode> p{t, layout, (uint32_t*)workspace(4, size_t(group * bytes + 64)), by_tile};
   const int64_t tiles = (t.queries + kVectors * kFloats - 1) / (kVectors * kFloats) * (t.heads / t.key_heads);
   for (int64_t first = 0; first < heads; first += group) {
     const int64_t count = heads - first < group ? heads - first : group;
