@@ -8,6 +8,8 @@ import torch
 from test_quant_layers import inputs, output, tiny_dit, tiny_unet
 
 from fastdiff.quant import QConv2d, QLinear, QSplit, QuantConfig, Scheme, TemporalPolicy, TensorSpec, quantize
+from fastdiff.quant.calibration import CalibrationSet
+from fastdiff.quant.correction import fit_correction
 from fastdiff.quant.layer import qlayers
 from fastdiff.quant.measures import sqnr_db
 from fastdiff.quant.plan import TEMPORAL
@@ -148,7 +150,7 @@ def test_T30_shortcuts_are_found_and_split():
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("paper", ["ptq4dm", "tfmq", "tfmq-w4a32", "tfmq-w8a8", "q-diffusion"])
+@pytest.mark.parametrize("paper", ["ptq4dm", "tfmq", "tfmq-w4a32", "tfmq-w8a8", "q-diffusion", "ptqd"])
 def test_papers_quantize_both_networks(name, paper):
     net, data = NETS[name](), inputs(name)
     want = output(net, data)
@@ -157,3 +159,47 @@ def test_papers_quantize_both_networks(name, paper):
     assert got >= (20 if "4dm" in paper or "w8" in paper else 6), got
     kinds = {type(net.get_submodule(r.name)) for r in made.layers if r.scheme is not None}
     assert kinds <= {QLinear, QConv2d, QSplit} and len(made.layers) >= 10
+
+
+def synthetic(k: float, bias: float) -> tuple[torch.Tensor, torch.Tensor, CalibrationSet]:
+    data = CalibrationSet(torch.zeros(600, 2, 4, 4), torch.tensor([900.0, 100.0]).repeat(300))
+    out = torch.randn(600, 2, 4, 4)
+    offset = torch.tensor([bias, -bias]).view(2, 1, 1)
+    late = (data.t == 100.0).view(-1, 1, 1, 1)
+    return out, out + late * (k * out + offset) + 0.05 * torch.randn(600, 2, 4, 4), data
+
+
+def test_T45_correction_removes_what_is_predictable():
+    out, noisy, data = synthetic(0.2, 0.3)
+    fitted = fit_correction(out, noisy, data)
+    assert fitted.k.tolist() == pytest.approx([0.0, 0.2], abs=0.01)
+    assert fitted.bias[1].tolist() == pytest.approx([0.3, -0.3], abs=0.01)
+    corrected = fitted(noisy, data.t)
+    residual = (corrected - out).double()
+    for t in (900.0, 100.0):
+        a, b = residual[data.t == t].flatten(), out[data.t == t].double().flatten()
+        assert abs(float(torch.corrcoef(torch.stack((a, b)))[0, 1])) < 0.02
+        measured = float(a.square().mean())
+        assert float(fitted.var[fitted.times == t]) == pytest.approx(measured, rel=0.01)
+    assert sqnr_db(out, corrected) > sqnr_db(out, noisy) + 10
+
+
+def test_T45_no_noise_means_no_correction():
+    out, _, data = synthetic(0.0, 0.0)
+    fitted = fit_correction(out, out, data)
+    assert not fitted.k.any() and not fitted.bias.any() and torch.equal(fitted(out, data.t), out)
+    with pytest.raises(ValueError, match="no calibration sample"):
+        fit_correction(out, out, dataclasses.replace(data, times=torch.tensor([900.0, 500.0, 100.0])))
+
+
+def test_ptqd_corrects_the_network_and_can_be_undone():
+    data, plain = inputs("unet"), tiny_unet()
+    want = output(plain, data)
+    scheme = Scheme(TensorSpec("int4"), TensorSpec("int8", "tensor"))
+    config = QuantConfig(scheme, spared=RECIPES["ptqd"].config.spared)
+    quantize(plain, config, data)
+    net = tiny_unet()
+    made = quantize(net, dataclasses.replace(config, correct_output=True), data, keep_originals=True)
+    assert sqnr_db(want, output(net, data)) > sqnr_db(want, output(plain, data))
+    made.undo()
+    assert torch.equal(output(net, data), want) and list(net.state_dict()) == list(tiny_unet().state_dict())

@@ -40,6 +40,7 @@ class QuantConfig:
     overrides  pattern (searched in the layer's name) and scheme, or None to spare it; the first that matches decides
     spared     patterns of layers that stay as they are, before the overrides
     split_shortcuts  convolutions that read a concatenated input get ranges for either part
+    correct_output   the predictable part of the noise is taken off the network's output (PTQD)
     """
 
     default: Scheme | None
@@ -47,6 +48,7 @@ class QuantConfig:
     spared: tuple[str, ...] = ()
     temporal: TemporalPolicy = TemporalPolicy()
     split_shortcuts: bool = False
+    correct_output: bool = False
     calibration: dict[str, Any] = field(default_factory=dict)
 
     def spares(self, name: str) -> bool:

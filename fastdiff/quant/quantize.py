@@ -12,6 +12,7 @@ from fastdiff.quant import observe
 from fastdiff.quant.build import restore_layer
 from fastdiff.quant.calibration import CalibrationSet
 from fastdiff.quant.config import QuantConfig
+from fastdiff.quant.correction import NAME, fit_correction, predictions
 from fastdiff.quant.layer import QLayer
 from fastdiff.quant.plan import LayerPlan, block_name, plan_layers, set_module
 from fastdiff.quant.records import LayerRecord, record_of
@@ -62,6 +63,8 @@ class Quantized:
             set_module(self.net, name, layer)
         for handle in self._handles:
             handle.remove()
+        if self.config.correct_output:
+            delattr(self.net, NAME)
         return self.net
 
 
@@ -92,6 +95,9 @@ def quantize(
     others = {name: plan for name, plan in chosen.items() if not plan.temporal}
     if temporal and data is None:
         raise ValueError("quantize: the temporal block is quantized for the times of a calibration set; give data=")
+    if config.correct_output and data is None:
+        raise ValueError("quantize: the output is corrected for the times of a calibration set; give data=")
+    before = predictions(net, data) if config.correct_output else None
     auto = config.temporal.mode == "auto"
     work = Work(net, chosen, data, keep_originals or auto or learns(chosen.values()))
     if temporal:
@@ -121,6 +127,8 @@ def quantize(
     made._originals = work.originals if keep_originals else {}
     if steps is not None:
         made._handles.append(steps.follow(net))
+    if before is not None:
+        made._handles.append(fit_correction(before, predictions(net, data), data).attach(net))
     return made
 
 

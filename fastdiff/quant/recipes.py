@@ -149,6 +149,19 @@ _PAPERS = (
         Calibration(samples=32),
         "Q-Diffusion: int4 weights, int8 activations, split shortcuts",
     ),
+    Recipe(
+        "ptqd",
+        QuantConfig(
+            Scheme(_U4, _U8, (), _LEARNED),
+            (),
+            SPARED,
+            TemporalPolicy("off"),
+            split_shortcuts=True,
+            correct_output=True,
+        ),
+        Calibration(samples=32),
+        "PTQD: as q-diffusion, the output corrected per step",
+    ),
 )
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*_GENERAL, *_PAPERS)}

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastdiff.quant.config import QuantConfig, decode, encode
+from fastdiff.quant.correction import NAME, EpsCorrection
 from fastdiff.quant.layer import qlayers
 from fastdiff.quant.quantize import Quantized, apply_state
 from fastdiff.quant.schemes import Scheme
@@ -54,7 +55,7 @@ def from_tensors(net: nn.Module, settings: dict[str, Any], tensors: dict[str, Te
 
     Raises ValueError where settings, tensors and network disagree. Returns what the per-step ranges follow, or None.
     """
-    QuantConfig.from_dict({k: v for k, v in settings.items() if k not in ("schemes", "layers", "times")})
+    config = QuantConfig.from_dict({k: v for k, v in settings.items() if k not in ("schemes", "layers", "times")})
     schemes = _schemes(settings)
     known = {name: layer for name, layer in net.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
     for name, scheme in schemes.items():
@@ -73,7 +74,21 @@ def from_tensors(net: nn.Module, settings: dict[str, Any], tensors: dict[str, Te
             raise ValueError(f"quantization_config: {name}.input_scale has not one value per entry of times")
     if steps is not None:
         steps.follow(net)
+    if config.correct_output:
+        _correction(tensors).attach(net)
     return steps
+
+
+def _correction(tensors: dict[str, Tensor]) -> EpsCorrection:
+    parts = [tensors.get(f"{NAME}.{part}") for part in ("times", "k", "bias", "var")]
+    times, k, bias, var = parts
+    if any(
+        p is None or p.dtype not in (torch.float16, torch.float32) or not bool(torch.isfinite(p).all()) for p in parts
+    ):
+        raise ValueError(f"quantization_config: {NAME} needs finite times, k, bias and var")
+    if not (times.dim() == 1 and times.shape == k.shape == var.shape == bias.shape[:1] and bias.dim() == 2 and len(k)):
+        raise ValueError(f"quantization_config: {NAME} must have one k, var and row of bias per time")
+    return EpsCorrection(times, k, bias, var)
 
 
 def _schemes(settings: dict[str, Any]) -> dict[str, Scheme]:

@@ -41,9 +41,12 @@ class StepContext:
         return net.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def _before(self, net: nn.Module, args: tuple, kwargs: dict) -> None:
-        t = args[1] if len(args) > 1 else next((kwargs[name] for name in ("t", "timestep") if name in kwargs), None)
-        if t is None:
-            raise ValueError(
-                "quantize: per-step ranges need the time as the network's second argument, `t` or `timestep`"
-            )
-        self.set(t)
+        self.set(time_of(args, kwargs))
+
+
+def time_of(args: tuple, kwargs: dict) -> Tensor | float:
+    """The time that a network is called with: its second argument, or `t`, or `timestep`."""
+    t = args[1] if len(args) > 1 else next((kwargs[name] for name in ("t", "timestep") if name in kwargs), None)
+    if t is None:
+        raise ValueError("quantize: tables per step need the time as the network's second argument, `t` or `timestep`")
+    return t
