@@ -1,15 +1,12 @@
 """Diffusers' schedulers with their steps on the fused kernel: subclasses of the same name that save and load as the originals."""
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Sequence
 
-import torch
-
 from fastdiff.pipeline.schedulers_report import SchedulerReport, is_vector
 from fastdiff.pipeline.schedulers_runner import Runner
-from fastdiff.pipeline.schedulers_state import PRIVATE, is_same
+from fastdiff.pipeline.schedulers_state import PRIVATE, is_same, own
 
 _LEADING = ("model_output", "timestep", "sample")
 _CLASSES: dict[type, type] = {}
@@ -32,7 +29,7 @@ def as_fast(scheduler: object, *, noise: str = "torch", seed: int | Sequence[int
     fast = _rebuild(
         stock_class(type(scheduler)), None if noise == "torch" else seed if isinstance(seed, int) else tuple(seed)
     )
-    vars(fast).update({name: _own(value) for name, value in state.items()})
+    vars(fast).update({name: own(value) for name, value in state.items()})
     return fast
 
 
@@ -130,11 +127,3 @@ def _rebuild(stock: type, philox: int | tuple[int, ...] | None) -> object:
     made = object.__new__(fast_class(stock))
     vars(made)[PRIVATE] = Runner(stock, philox)
     return made
-
-
-def _own(value: object) -> object:
-    return (
-        copy.deepcopy(value)
-        if isinstance(value, (torch.Tensor, list, dict)) and type(value) in (list, dict, torch.Tensor)
-        else value
-    )

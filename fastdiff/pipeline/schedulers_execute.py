@@ -54,12 +54,15 @@ def execute(runner: "Runner", plan: Plan, output: torch.Tensor, sample: torch.Te
 
 def _further(memory: "Memory", plan: Plan, rows: list[int], x, sample, outputs) -> list[torch.Tensor]:
     """The results that are neither the next state nor the prediction, by a pass for each."""
-    made = []
+    made, direct = [], memory.is_direct()
     for place, row in enumerate(rows, start=len(plan.places) - len(rows)):
-        target = memory.views[plan.places[place]] if place >= 0 else torch.empty_like(sample)
+        # other variants may write back the whole history
+        target = memory.views[plan.places[place]] if place >= 0 and direct else torch.empty_like(sample)
         if plan.noise in ("drawn", "given"):
             target.copy_(x)
         memory.run(row, target, memory.history, None, sample, outputs)
+        if place >= 0 and not direct:
+            memory.views[plan.places[place]].copy_(target)
         made.append(target)
     return made
 

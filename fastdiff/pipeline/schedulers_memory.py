@@ -85,7 +85,8 @@ class Memory:
         if tensors:
             kept, self.history = len(self.history), self.history[:0]
             self.need(max(kept, len(tensors)))
-            torch.stack([tensor.to(self.dtype) for tensor in tensors], out=self.history[: len(tensors)])
+            for slot, tensor in zip(self.views, tensors, strict=False):
+                slot.copy_(tensor.detach())
 
     def attributes(self, plan: Plan) -> dict[str, object]:
         """What a scheduler's attributes are after this step: tensors are views of the history."""
@@ -102,6 +103,10 @@ class Memory:
         view = self.views[ref.slot]
         return view if ref.scale == 1.0 else view * ref.scale
 
+    def is_direct(self) -> bool:
+        """Whether `run` calls the compiled CPU kernel, and not the op."""
+        return self.native and forced_backend() is None
+
     def run(
         self,
         row: int,
@@ -112,7 +117,7 @@ class Memory:
         outputs: list[torch.Tensor],
     ) -> None:
         """One row for all samples: x becomes the next state, `copy` (of any float type) receives it too."""
-        if not self.native or forced_backend() is not None:
+        if not self.is_direct():
             self.tick.fill_(row)
             copies = x.new_empty(0, *self.shape) if copy is None else copy[None]
             fixed = (None, sample, self.coef, self.meta, self.rows, self.seed)

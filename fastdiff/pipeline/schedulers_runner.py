@@ -9,7 +9,7 @@ from fastdiff.pipeline.schedulers_plan import LostError, Node, Plan, references
 from fastdiff.pipeline.schedulers_probe import NotAffineError, Ref, fill, probe
 from fastdiff.pipeline.schedulers_report import Refusal, SchedulerReport, accept, is_vector
 from fastdiff.pipeline.schedulers_rows import Rows
-from fastdiff.pipeline.schedulers_state import TRIMMED, Attributes
+from fastdiff.pipeline.schedulers_state import TRIMMED, Attributes, own
 
 _PATIENCE = 3  # steps in a row that cannot be planned before a schedule is left to the scheduler
 _SCHEDULES, _ROWS = 32, 4096
@@ -124,14 +124,15 @@ class Runner:
     def restore(self, attributes: dict, only: str | None = None) -> bool:
         """Writes hidden results (or the one of this name) back as attributes; whether there was any.
 
-        Lists become new ones: the scheduler's own code changes them in place.
+        Without a name, what is a view of the history becomes memory of its own: the scheduler's code may change it in place.
         """
         found = False
         for name, value in self.node.state.items() if self.node is not None else ():
-            if only is None and isinstance(value, list) and isinstance(attributes.get(name), list):
-                attributes[name] = list(attributes[name])
-            elif only in (None, name) and name not in attributes and any(ref.dead >= 0 for ref in references(value)):
+            held = any(references(value))
+            if held and only in (None, name) and name not in attributes:
                 attributes[name], found = fill(value, self._tensor), True
+            elif only is None and (held or isinstance(value, list)) and name in attributes:
+                attributes[name] = own(attributes[name])
         return found
 
     def _tensor(self, ref: Ref) -> torch.Tensor:

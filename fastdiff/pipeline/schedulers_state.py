@@ -102,6 +102,13 @@ def is_same(before: object, after: object) -> bool:
     return before is after or (type(before) is type(after) and isinstance(before, _SIMPLE) and before == after)
 
 
+def own(value: object) -> object:
+    """A copy of a tensor or of a list with tensors; anything else as it is."""
+    if isinstance(value, list):
+        return [own(entry) for entry in value]
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
 def version(tensor: torch.Tensor) -> int:
     """Counts the changes in place, or -1 where torch does not count them."""
     return -1 if tensor.is_inference() else tensor._version

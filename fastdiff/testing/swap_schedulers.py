@@ -9,6 +9,7 @@ from collections import Counter
 
 from fastdiff.pipeline import fast_class, schedulers_runner
 
+_SHOWN = 40
 _NAMESPACES = ("diffusers", "diffusers.schedulers")
 _reports: list[schedulers_runner.SchedulerReport] = []
 _originals: list[tuple[object, str, object]] = []
@@ -52,10 +53,14 @@ def pytest_unconfigure(config):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    stock = sum((report.stock for report in _reports), Counter())
+    stock = Counter()
+    for report in _reports:
+        stock.update({f"{report.scheduler}: {reason}": count for reason, count in report.stock.items()})
     fused = sum(report.fused for report in _reports)
     terminalreporter.section("fastdiff schedulers")
     terminalreporter.line(f"{len(config.fastdiff_swapped)} classes replaced")
     terminalreporter.line(f"{fused} steps on the fused kernel, {stock.total()} on diffusers' own code")
-    for reason, count in stock.most_common(20):
+    for reason, count in stock.most_common(_SHOWN):
         terminalreporter.line(f"  {count} x {reason}")
+    if len(stock) > _SHOWN:
+        terminalreporter.line(f"  and {len(stock) - _SHOWN} more reasons")
