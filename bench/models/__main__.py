@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     args = _parser().parse_args(arguments)
     try:
         workloads, variants = select(args.model), _variants(args.variants)
-        limits = Limits(args.threads, args.rounds, args.seconds, args.memory, args.lock)
+        limits = Limits(args.threads, args.rounds, args.seconds, args.memory, args.lock, args.nice)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         "--memory", type=int, default=0, metavar="MB", help="what may be loaded at once (default: free)"
     )
     parser.add_argument("--lock", default="", metavar="FILE", help="hold this file's lock during each round")
+    parser.add_argument("--nice", type=int, default=0, help="of this session during each round (Linux)")
     parser.add_argument("--peaks", default="", metavar="int8=N,...", help="G(FL)OP/s instead of measuring them")
     parser.add_argument("--json", metavar="FILE", help="append JSON lines to this file")
     return parser

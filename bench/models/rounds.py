@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from bench.models.reference import describe, relative_error
 from bench.models.variants import VARIANTS
@@ -16,6 +17,7 @@ from bench.models.workloads import WORKLOADS, Workload
 _PROCESS_MB = 700  # a Python process with torch and diffusers, besides the weights
 _RESERVE_MB = 1500
 _SETTLE_SECONDS = 0.03  # OpenMP threads spin for some milliseconds after a run; then they sleep
+_AUTOGROUP = Path("/proc/self/autogroup")
 _CLEAN = 0.04  # share of the processors that others may take in a sample that counts
 
 
@@ -28,6 +30,7 @@ class Limits:
     seconds    of samples after which a slow variant sits out, once it has three
     memory_mb  what may be loaded at once; 0 for what is free
     lock       file whose lock is held during each round, so that several benchmarks do not time each other
+    nice       of this session's scheduling group (Linux autogroup) during each round; below 0 needs the right to
     """
 
     threads: int = 2
@@ -35,6 +38,7 @@ class Limits:
     seconds: float = 60.0
     memory_mb: int = 0
     lock: str = ""
+    nice: int = 0
 
     def __post_init__(self) -> None:
         if self.threads < 1 or self.rounds < 1:
@@ -129,7 +133,7 @@ def _measure_group(workload: Workload, names: list[str], group: int, reference, 
             entry.relative_error = relative_error(worker.first["output"], reference)
             workers.append((worker, entry))
     for _ in range(limits.rounds):
-        with _locked(limits.lock):
+        with _undisturbed(limits):
             for worker, entry in workers:
                 if entry.error is None and (len(entry.seconds) < 3 or entry.spent < limits.seconds):
                     _take(worker.sample(), entry)
@@ -139,13 +143,15 @@ def _measure_group(workload: Workload, names: list[str], group: int, reference, 
 
 
 @contextlib.contextmanager
-def _locked(path: str) -> Iterator[None]:
-    if not path:
+def _undisturbed(limits: Limits) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if limits.lock:
+            fcntl.flock(stack.enter_context(open(limits.lock, "w")), fcntl.LOCK_EX)  # closing the file gives it back
+        if limits.nice:
+            before = _AUTOGROUP.read_text().split()[-1]
+            _AUTOGROUP.write_text(str(limits.nice))
+            stack.callback(_AUTOGROUP.write_text, before)
         yield
-        return
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # closing the file gives the lock back
 
 
 def _take(sample: dict, entry: Measured) -> None:
