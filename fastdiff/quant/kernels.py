@@ -11,12 +11,15 @@ from fastdiff.quant.activations import static_codes
 Tensor = torch.Tensor
 Kernel = Callable[[Tensor], Tensor]
 
+# 127 * 127 * this is the largest int32: sums of more products of codes could wrap
+MOST_PRODUCTS = 133_144
+
 
 def linear_kernel(layer: Any) -> Kernel | None:
     """A function [..., K] -> [..., N] for a QLinear, or None."""
     weight, x = layer.scheme.weight, layer.scheme.input
     per_group = {None: "linear_w4a16", "token": "linear_w4a8"}
-    if layer.weight_zero is not None or weight.dtype not in ("int8", "int4"):
+    if layer.weight_zero is not None or weight.dtype not in ("int8", "int4") or layer.in_features > MOST_PRODUCTS:
         return None
     if weight.dtype == "int4":
         dynamic = x is None or (x.dtype == "int8" and x.dynamic and x.granularity == "token")
@@ -36,7 +39,12 @@ def conv_kernel(layer: Any) -> Kernel | None:
     """A function [B, C, H, W] -> [B, N, H', W'] for a QConv2d, or None."""
     weight, x = layer.scheme.weight, layer.scheme.input
     square = len({*layer.kernel_size}) == len({*layer.stride}) == len({*layer.padding}) == 1
-    if not square or layer.weight_zero is not None or not hasattr(ops, "conv2d_w8a8"):
+    if (
+        not square
+        or layer.in_features > MOST_PRODUCTS
+        or layer.weight_zero is not None
+        or not hasattr(ops, "conv2d_w8a8")
+    ):
         return None
     if weight.dtype != "int8" or weight.granularity != "channel" or x is None or x.dtype != "int8" or not x.symmetric:
         return None
