@@ -8,10 +8,13 @@ from typing import Any
 import torch
 
 from fastdiff.models.load import LoadedModel
-from fastdiff.quant import Quantized, quantize
+from fastdiff.quant import QuantConfig, Quantized
+from fastdiff.quant import quantize as quantize_network
 from fastdiff.quant.calibration import SETS, CalibrationSet
 from fastdiff.quant.config import encode
+from fastdiff.quant.correction import predictions
 from fastdiff.quant.evaluate import check_gate, evaluate, layer_sqnr_db
+from fastdiff.quant.measures import sqnr_db
 from fastdiff.quant.quantize import Store
 from fastdiff.quant.recipes import Calibration, Recipe, recipe_of
 from fastdiff.quant.report import describe, layer_to_spare
@@ -49,6 +52,55 @@ def calibrate(model: LoadedModel, wanted: Calibration, seed: int = 0) -> Calibra
     return SETS[wanted.kind](sampler_of(model), shape, **settings, **dict(wanted.options))
 
 
+class GateError(RuntimeError):
+    """A quantized network fails its gate; `layer` is the one to spare first. The network has its original layers."""
+
+    def __init__(self, reason: str, layer: str | None) -> None:
+        super().__init__(f"quantize: {reason}; spare {layer} first" if layer else f"quantize: {reason}")
+        self.layer = layer
+
+
+def quantize(
+    target: Any,
+    recipe: str | Recipe | QuantConfig = "w8a8",
+    data: CalibrationSet | None = None,
+    *,
+    gate: float | None = None,
+    seed: int = 0,
+    keep_originals: bool = False,
+) -> Quantized:
+    """Quantizes a network in place.
+
+    target  a LoadedModel, a module, or a diffusers pipeline (its `transformer` or `unet`)
+    data    what the network is called with; a LoadedModel draws the recipe's own set, others need it where the recipe
+            calibrates
+    gate    least signal-to-noise ratio in dB of the outputs over `data`; GateError puts the layers back
+    """
+    recipe = recipe_of(recipe)
+    if isinstance(target, LoadedModel):
+        data = calibrate(target, recipe.calibration or Calibration(samples=4), seed) if data is None else data
+        target = target.net
+    net = next(
+        (part for part in (getattr(target, n, None) for n in ("transformer", "unet")) if part is not None), target
+    )
+    if not isinstance(net, torch.nn.Module):
+        raise TypeError(f"quantize: a module, a pipeline or a LoadedModel expected, got {type(target).__name__}")
+    if gate is None:
+        return quantize_network(net, recipe.config, data, keep_originals=keep_originals)
+    if data is None:
+        raise ValueError("quantize: the gate compares outputs over calibration data; give data=")
+    before = predictions(net, data)
+    made = quantize_network(net, recipe.config, data, keep_originals=True)
+    reached = sqnr_db(before, predictions(net, data))
+    if not reached >= gate:
+        report = describe(made)
+        made.undo()
+        raise GateError(f"outputs reach {reached:.2f} dB, the gate is {gate:g} dB", layer_to_spare(report))
+    if not keep_originals:
+        made.forget_originals()
+    return made
+
+
 def quantize_model(
     model: LoadedModel,
     recipe: str | Recipe,
@@ -71,7 +123,7 @@ def quantize_model(
     if data is not None:
         used = {"recipe": recipe.name, "seed": seed, "sha256": data.digest(), "rows": len(data)}
         config = replace(config, calibration=used | encode(recipe.calibration or Calibration()).copy())
-    return quantize(model.net, config, data, store=store, keep_originals=keep_originals, progress=progress)
+    return quantize_network(model.net, config, data, store=store, keep_originals=keep_originals, progress=progress)
 
 
 def measure(

@@ -34,6 +34,8 @@ LAYERS = {
     "quant": _MIDDLE | {"temporal"},
     "models": _MIDDLE | {"process", "temporal", "program"},
     "sampler": _LOOP,
+    "quantized": _LOOP | {"sampler"},
+    "artefact": _LOOP | {"sampler"},
 }
 # files of the top level that are parts of the sampler
 SAMPLER = {"sampler", "loop", "carry", "plan", "conditioning", "initial", "plain", "images"}

@@ -20,7 +20,7 @@ from fastdiff.quant.config import QuantConfig
 from fastdiff.quant.evaluate import check_gate, evaluate
 from fastdiff.quant.recipes import RECIPES, Calibration, Recipe, recipe_of
 from fastdiff.quant.schemes import Scheme, TensorSpec
-from fastdiff.quantized import calibrate, measure, quantize_model, sampler_of
+from fastdiff.quantized import GateError, calibrate, measure, quantize, quantize_model, sampler_of
 
 MAKE = {"unet": tiny_unet, "dit": tiny_dit}
 SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "prediction_type": "epsilon"}
@@ -263,3 +263,26 @@ def test_recipes_are_data():
     assert recipe_of(RECIPES["w8a8"].config).calibration is None
     with pytest.raises(ValueError, match="unknown kind"):
         calibrate(model("unet"), Calibration("noise"))
+
+
+def test_one_call_quantizes_modules_pipelines_and_models():
+    given = model("dit")
+    assert quantize(given, "w8a8-static").steps is not None  # drew its own calibration set
+    net = tiny_unet()
+    pipe = type("Pipe", (), {"unet": net})()
+    assert quantize(pipe).net is net and len(quantize(tiny_unet(), RECIPES["w8a16"].config).layers) > 10
+    with pytest.raises(TypeError, match="a module"):
+        quantize("bundled:dit")
+    with pytest.raises(ValueError, match="give data="):
+        quantize(tiny_unet(), "w8a8-static")
+
+
+def test_a_failed_gate_puts_the_layers_back():
+    given = model("unet")
+    want = run(given)
+    with pytest.raises(GateError, match="the gate is 90 dB; spare ") as error:
+        quantize(given, "w8a8", gate=90)
+    assert error.value.layer in dict(given.net.named_modules()) and torch.equal(run(given), want)
+    made = quantize(given, "w8a8", gate=20)
+    with pytest.raises(RuntimeError, match="keep_originals"):
+        made.undo()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from fastdiff import ops
+from fastdiff.ops import packing
 from fastdiff.quant.activations import static_codes
 
 Tensor = torch.Tensor
@@ -25,26 +26,21 @@ def linear_kernel(layer: Any) -> Kernel | None:
         dynamic = x is None or (x.dtype == "int8" and x.dynamic and x.granularity == "token")
         name = per_group.get(None if x is None else x.granularity) if dynamic else None
         whole_steps = layer.in_features // (layer.weight_scale.numel() // layer.out_features) % 8 == 0
-        return _grouped(layer, name) if name and whole_steps and hasattr(ops, name) else None
+        return _grouped(layer, name) if name and whole_steps else None
     if weight.granularity != "channel":
         return None
     if x is None:
-        return _weights_only(layer) if hasattr(ops, "linear_w8a16") else None
+        return _weights_only(layer)
     if x.dtype != "int8" or not x.symmetric or x.granularity not in ("token", "tensor"):
         return None
-    return _integer(layer) if hasattr(ops, "linear_w8a8") else None
+    return _integer(layer)
 
 
 def conv_kernel(layer: Any) -> Kernel | None:
     """A function [B, C, H, W] -> [B, N, H', W'] for a QConv2d, or None."""
     weight, x = layer.scheme.weight, layer.scheme.input
     square = len({*layer.kernel_size}) == len({*layer.stride}) == len({*layer.padding}) == 1
-    if (
-        not square
-        or layer.in_features > MOST_PRODUCTS
-        or layer.weight_zero is not None
-        or not hasattr(ops, "conv2d_w8a8")
-    ):
+    if not square or layer.in_features > MOST_PRODUCTS or layer.weight_zero is not None:
         return None
     if weight.dtype != "int8" or weight.granularity != "channel" or x is None or x.dtype != "int8" or not x.symmetric:
         return None
@@ -52,8 +48,6 @@ def conv_kernel(layer: Any) -> Kernel | None:
 
 
 def _packed(layer: Any) -> tuple[Tensor, Tensor]:
-    from fastdiff.ops import packing
-
     codes = layer.weight.flatten(1)
     return packing.pack(codes), packing.weight_sums(codes)
 
@@ -80,8 +74,6 @@ def _weights_only(layer: Any) -> Kernel:
 
 
 def _grouped(layer: Any, name: str) -> Kernel:
-    from fastdiff.ops import packing
-
     quantized = layer.codes()
     packed, run = packing.pack_int4(quantized.codes), getattr(ops, name)
     scale, group, bias, n = quantized.scale, quantized.group, layer.bias, layer.out_features
@@ -89,8 +81,6 @@ def _grouped(layer: Any, name: str) -> Kernel:
 
 
 def _convolution(layer: Any) -> Kernel:
-    from fastdiff.ops import packing
-
     codes = layer.weight.permute(0, 3, 1, 2).contiguous()  # [N, C, kh, kw]
     packed, sums = (
         packing.pack_conv(codes, (layer.in_channels,)),

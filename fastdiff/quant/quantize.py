@@ -55,6 +55,10 @@ class Quantized:
         """Bytes of the weights of the whole network."""
         return sum(t.nbytes for t in (*self.net.parameters(), *self.net.buffers()))
 
+    def forget_originals(self) -> None:
+        """Frees the original layers; `undo` is impossible from then on."""
+        self._originals = {}
+
     def undo(self) -> nn.Module:
         """Puts the original layers back; RuntimeError unless they were kept."""
         if not self._originals and any(record.scheme for record in self.layers):
