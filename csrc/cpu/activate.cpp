@@ -7,7 +7,8 @@
 namespace fastdiff {
 namespace FASTDIFF_ISA {
 
-constexpr int64_t kRun = 1 << 12;  // elements of a row that are one task
+constexpr int64_t kRun = 1 << 12;    // elements of a row that are one task
+constexpr int64_t kAhead = 2 << 10;  // bytes that are fetched ahead of the arithmetic
 
 template <int kKind>
 FASTDIFF_ALWAYS F32 activation(F32 x) {
@@ -30,7 +31,11 @@ static void run(const Activate& t) {
         return kGated ? fetch(x + i * size_of(kType), kType, part) * y : y;
       };
       if (past) {
-        for (int64_t i = 0; i < n; i += kFloats) put_past(out + i * size_of(kType), at(i, Whole()), kType);
+        for (int64_t i = 0; i < n; i += kFloats) {
+          prefetch(gate + i * size_of(kType) + kAhead);
+          if (kGated) prefetch(x + i * size_of(kType) + kAhead);
+          put_past(out + i * size_of(kType), at(i, Whole()), kType);
+        }
       } else {
         each_vector(n, [&](int64_t i, auto part) { put_result(out + i * size_of(kType), at(i, part), kType, part); });
       }

@@ -79,10 +79,15 @@ struct Normed {
   }
 };
 
-template <int kOut, class Row>
-FASTDIFF_ALWAYS void write_row(const Row& row, int64_t n, void* out, bool past) {
+// `next` is the row after this one. Fetched while this one is written, it costs no waiting: the sums in front of the
+// writing leave memory idle otherwise.
+template <int kType, int kOut, class Row>
+FASTDIFF_ALWAYS void write_row(const Row& row, int64_t n, void* out, bool past, const void* next) {
   if (past) {
-    for (int64_t c = 0; c < n; c += kFloats) put_past(element(out, c, kOut), Row::at(row, c, Whole()), kOut);
+    for (int64_t c = 0; c < n; c += kFloats) {
+      prefetch(element(next, c, kType));
+      put_past(element(out, c, kOut), Row::at(row, c, Whole()), kOut);
+    }
   } else {
     each_vector(n, [&](int64_t c, auto part) { put_result(element(out, c, kOut), Row::at(row, c, part), kOut, part); });
   }
@@ -118,7 +123,7 @@ static void run_rows(const NormModulate& t, const Affines& affines) {
       if (kOut == kInt8) {
         t.scales[r] = write_codes(row, C, out);
       } else {
-        write_row<kOut>(row, C, out, past);
+        write_row<kType, kOut>(row, C, out, past, t.y.data ? x : element(x, t.x.stride_n, kType));
       }
     }
     _mm_sfence();
