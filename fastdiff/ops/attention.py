@@ -95,7 +95,7 @@ def _reference(q, k, v, mask, key_lengths, scale, precision):
     out = torch.einsum("bhnm,bmhd->bnhd", weights, v) / torch.where(share == 0, 1, share)
     if M:
         out = out + torch.where(share == 0, 0, center)
-    return out.to(dtype), (top + total.log()).squeeze(-1)
+    return out.to(dtype).contiguous(), (top + total.log()).squeeze(-1)
 
 
 @op(check=_check)
