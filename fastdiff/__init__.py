@@ -1,6 +1,7 @@
 """fastdiff: a kernel-backed sampling engine for diffusion and flow models."""
 
 from fastdiff.accelerate import Report, accelerate, report, undo
+from fastdiff.artefact import load, save
 from fastdiff.carry import Carry, Hook
 from fastdiff.guidance import CFG
 from fastdiff.loop import NonFiniteError
@@ -21,6 +22,9 @@ from fastdiff.process import (
     convert,
     discrete_alphas,
 )
+from fastdiff.quant import CalibrationSet, QuantConfig
+from fastdiff.quant.evaluate import evaluate
+from fastdiff.quantized import GateError, quantize
 from fastdiff.sampler import Cancelled, Sampler, Step
 from fastdiff.solvers import SOLVERS, Solver, SolverTable
 from fastdiff.solvers.adaptive import denoiser, solve_adaptive
@@ -32,16 +36,19 @@ __all__ = [
     "CFG",
     "SOLVERS",
     "VE",
+    "CalibrationSet",
     "Cancelled",
-    "Report",
     "Carry",
     "Flow",
+    "GateError",
     "Hook",
     "Level",
     "MeanReverting",
     "NonFiniteError",
     "Plan",
     "Process",
+    "QuantConfig",
+    "Report",
     "RowSettings",
     "Sampler",
     "Solver",
@@ -58,8 +65,12 @@ __all__ = [
     "convert",
     "denoiser",
     "discrete_alphas",
+    "evaluate",
     "from_scheduler",
+    "load",
+    "quantize",
     "report",
+    "save",
     "solve_adaptive",
     "undo",
 ]
