@@ -11,8 +11,12 @@ from fastdiff.ops import OPS, backend, memory, native
 from fastdiff.ops.conv2d_samples import make_call, make_int8_call
 
 NAMES = ("conv2d", "conv2d_w8a8")
-# large enough for several threads, with sums that wait between chunks of k and groups of unequal width
-LARGE = ((2, 13, 11, 300, 0, 70, 3, 1, (1, 1, 1, 1), 1), (1, 9, 9, 130, 70, 144, 3, 2, (1, 1, 1, 1), 2))
+# large enough for several threads: sums that wait between chunks of k, groups of unequal width, pixels in halves
+LARGE = (
+    (2, 31, 27, 20, 0, 90, 3, 1, (1, 1, 1, 1), 1),
+    (2, 13, 11, 300, 0, 70, 3, 1, (1, 1, 1, 1), 1),
+    (1, 9, 9, 130, 70, 144, 3, 2, (1, 1, 1, 1), 2),
+)
 
 
 def calls(name: str):
