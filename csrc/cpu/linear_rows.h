@@ -67,12 +67,13 @@ static inline void shift_codes(char* to, const char* from, int64_t n) {
   for (; k < n; ++k) to[k] = char(from[k] ^ kCodeOffset);
 }
 
-// Rows of codes, and in `e` the scales that belong to them.
-static inline Rows code_rows(const Linear& a, Epilogue& e, int64_t multiple) {
+// Rows of codes plus kOffset, and in `e` the scales that belong to them.
+template <int kOffset>
+static Rows code_rows(const Linear& a, Epilogue& e, int64_t multiple) {
   const int64_t padded = (a.inner + multiple - 1) / multiple * multiple, stride = scratch_stride(padded);
   e.row_scale = a.x_scale;
   e.row_scale_stride = a.x_scale_stride;
-  if (a.x_type == kInt8 && kCodeOffset == 0 && padded == a.inner) return {(const char*)a.x, a.x_stride};
+  if (a.x_type == kInt8 && kOffset == 0 && padded == a.inner) return {(const char*)a.x, a.x_stride};
   char* base = (char*)workspace(0, size_t(a.rows * (stride + 4)));
   float* scales = (float*)(base + a.rows * stride);
   if (!a.x_scale) {
@@ -86,11 +87,11 @@ static inline Rows code_rows(const Linear& a, Epilogue& e, int64_t multiple) {
     if (a.x_type == kInt8) {
       shift_codes(to, from, a.inner);
     } else if (a.x_scale) {
-      quantize(to, from, a.x_type, a.inner, fixed, kCodeOffset);
+      quantize(to, from, a.x_type, a.inner, fixed, kOffset);
     } else {
-      scales[r] = quantize_row(to, from, a.x_type, a.inner, kCodeOffset);
+      scales[r] = quantize_row(to, from, a.x_type, a.inner, kOffset);
     }
-    memset(to + a.inner, kCodeOffset, size_t(padded - a.inner));
+    memset(to + a.inner, kOffset, size_t(padded - a.inner));
   });
   return {base, stride};
 }

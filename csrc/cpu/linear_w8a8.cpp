@@ -5,7 +5,7 @@ namespace FASTDIFF_ISA {
 
 void linear_w8a8(const Linear& a) {
   Epilogue e = a.epilogue;
-  const Rows rows = code_rows(a, e, 4);
+  const Rows rows = code_rows<kCodeOffset>(a, e, 4);
   multiply_direct<Codes>(a, rows, (a.inner + 3) / 4, e);
 }
 

@@ -41,7 +41,7 @@ struct Floats {
   using Right = F32;
   static constexpr int kRows = kBytes == 64 ? 14 : kBytes == 32 ? 6 : 2;
   FASTDIFF_ALWAYS Left left(int32_t bits) { return (F32)(I32{} + bits); }
-  FASTDIFF_ALWAYS Right right(const char* from) { return load<F32>(from); }
+  FASTDIFF_ALWAYS Right right(U32 bits) { return (F32)bits; }
   FASTDIFF_ALWAYS Sum add(Sum sum, Left a, Right b) { return multiply_add(a, b, sum); }
   FASTDIFF_ALWAYS F32 to_float(Sum sum) { return sum; }
   FASTDIFF_ALWAYS F32 fold(F32 total, Sum sum, F32 scale) { return multiply_add(sum, scale, total); }
@@ -54,7 +54,7 @@ struct Brains {
   using Right = I32;
   static constexpr int kRows = 14;
   FASTDIFF_ALWAYS Left left(int32_t bits) { return I32{} + bits; }
-  FASTDIFF_ALWAYS Right right(const char* from) { return load<I32>(from); }
+  FASTDIFF_ALWAYS Right right(U32 bits) { return (I32)bits; }
   FASTDIFF_ALWAYS Sum add(Sum sum, Left a, Right b) {
     return (F32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
@@ -72,7 +72,7 @@ struct Brains {
   static constexpr int kRows = kBytes == 32 ? 4 : 2;
   FASTDIFF_ALWAYS Pair split(U32 bits) { return {(F32)(bits << 16), (F32)(bits & 0xffff0000u)}; }
   FASTDIFF_ALWAYS Left left(int32_t bits) { return split(U32{} + uint32_t(bits)); }
-  FASTDIFF_ALWAYS Right right(const char* from) { return split(load<U32>(from)); }
+  FASTDIFF_ALWAYS Right right(U32 bits) { return split(bits); }
   FASTDIFF_ALWAYS Sum add(Sum sum, Left a, Right b) {
     return multiply_add(a.odd, b.odd, multiply_add(a.even, b.even, sum));
   }
@@ -88,7 +88,7 @@ struct Codes {
   using Right = I32;
   static constexpr int kRows = 14;
   FASTDIFF_ALWAYS Left left(int32_t bits) { return I32{} + bits; }
-  FASTDIFF_ALWAYS Right right(const char* from) { return load<I32>(from); }
+  FASTDIFF_ALWAYS Right right(U32 bits) { return (I32)bits; }
   FASTDIFF_ALWAYS Sum add(Sum sum, Left a, Right b) {
     return (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
   }
@@ -109,7 +109,7 @@ struct Codes {
     const I32 code = I32{} + bits;
     return {code, (I32)_mm256_abs_epi8((__m256i)code)};
   }
-  FASTDIFF_ALWAYS Right right(const char* from) { return load<I32>(from); }
+  FASTDIFF_ALWAYS Right right(U32 bits) { return (I32)bits; }
   // exact: codes lie in [-127, 127], so two products fit in 16 bits
   FASTDIFF_ALWAYS Sum add(Sum sum, Left a, Right b) {
     const __m256i products = _mm256_maddubs_epi16((__m256i)a.magnitude, _mm256_sign_epi8((__m256i)b, (__m256i)a.code));
@@ -132,7 +132,7 @@ struct Codes {
     return {_mm_srai_epi16(_mm_slli_epi16((__m128i)bytes, 8), 8), _mm_srai_epi16((__m128i)bytes, 8)};
   }
   FASTDIFF_ALWAYS Left left(int32_t bits) { return split(I32{} + bits); }
-  FASTDIFF_ALWAYS Right right(const char* from) { return split(load<I32>(from)); }
+  FASTDIFF_ALWAYS Right right(U32 bits) { return split((I32)bits); }
   FASTDIFF_ALWAYS Sum add(Sum sum, Left a, Right b) {
     return sum + (I32)_mm_madd_epi16(a.even, b.even) + (I32)_mm_madd_epi16(a.odd, b.odd);
   }
@@ -141,6 +141,36 @@ struct Codes {
   FASTDIFF_ALWAYS F32 fold(F32 total, Sum sum, F32 scale) { return total + to_float(sum) * scale; }
 };
 #endif
+
+// 4 unsigned 4-bit codes a step, times the signed codes of a row: what begins with -8 times the sum of the row's codes
+// needs no offset. Two products of 15 * 127 fit in 16 bits.
+struct Nibbles {
+  using Sum = I32;
+#if defined(__AVX2__)
+  using Left = I32;
+  using Right = I32;
+  static constexpr int kRows = kBytes == 64 ? 14 : 6;
+  FASTDIFF_ALWAYS Left left(int32_t bits) { return I32{} + bits; }
+  FASTDIFF_ALWAYS Right right(U32 bits) { return (I32)bits; }
+  FASTDIFF_ALWAYS Sum add(Sum sum, Left a, Right b) {
+#if defined(__AVX512VNNI__)
+    return (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)b, (__m512i)a);
+#else
+    const __m256i products = _mm256_maddubs_epi16((__m256i)b, (__m256i)a);
+    return sum + (I32)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
+#endif
+  }
+#else
+  using Left = Codes::Left;
+  using Right = Codes::Right;
+  static constexpr int kRows = Codes::kRows;
+  FASTDIFF_ALWAYS Left left(int32_t bits) { return Codes::left(bits); }
+  FASTDIFF_ALWAYS Right right(U32 bits) { return Codes::right(bits); }
+  FASTDIFF_ALWAYS Sum add(Sum sum, Left a, Right b) { return Codes::add(sum, a, b); }
+#endif
+  FASTDIFF_ALWAYS F32 to_float(Sum sum) { return Codes::to_float(sum); }
+  FASTDIFF_ALWAYS F32 fold(F32 total, Sum sum, F32 scale) { return Codes::fold(total, sum, scale); }
+};
 
 template <class Kind, int R, int P>
 using Sums = typename Kind::Sum[R][P * kParts];
@@ -210,6 +240,17 @@ FASTDIFF_ALWAYS void start(typename Kind::Sum (&sum)[R][P * kParts], const int32
   }
 }
 
+// Row i begins with first[i * stride].
+template <class Kind, int R, int Vectors>
+FASTDIFF_ALWAYS void start_rows(typename Kind::Sum (&sum)[R][Vectors], const int32_t* first, int64_t stride) {
+  FASTDIFF_UNROLL_ALL
+  for (int i = 0; i < R; ++i) {
+    const typename Kind::Sum value = typename Kind::Sum{} + first[i * stride];
+    FASTDIFF_UNROLL_ALL
+    for (int j = 0; j < Vectors; ++j) sum[i][j] = value;
+  }
+}
+
 // sum += rows * panels over `steps` steps; panel_stride: bytes from one panel to the next
 template <class Kind, class Left, int R, int Vectors>
 FASTDIFF_ALWAYS void accumulate(typename Kind::Sum (&sum)[R][Vectors], const Left& rows, int64_t steps, const char* panel,
@@ -219,7 +260,7 @@ FASTDIFF_ALWAYS void accumulate(typename Kind::Sum (&sum)[R][Vectors], const Lef
     from.hide(R);
     typename Kind::Right right[Vectors];
     FASTDIFF_UNROLL_ALL
-    for (int j = 0; j < Vectors; ++j) right[j] = Kind::right(panel + j / kParts * panel_stride + j % kParts * kBytes);
+    for (int j = 0; j < Vectors; ++j) right[j] = Kind::right(load<U32>(panel + j / kParts * panel_stride + j % kParts * kBytes));
     FASTDIFF_UNROLL_ALL
     for (int i = 0; i < R; ++i) {
       const typename Kind::Left left = Kind::left(from.get(i));
@@ -259,14 +300,29 @@ FASTDIFF_ALWAYS void fold(const typename Kind::Sum (&sum)[R][Vectors], const flo
 struct Panels {
   const char* data;
   int64_t steps, stride;
-  const int32_t* first;
+  const int32_t* first;  // a number per column, or per row where first_stride is not 0
+  int64_t first_stride;
   const float* scale;
 };
+
+FASTDIFF_ALWAYS Panels panel_of(const Panels& p, int k) {
+  return {p.data + k * p.stride, p.steps, p.stride, p.first_stride ? p.first : p.first + k * kPanel, p.first_stride,
+          p.scale ? p.scale + k * kPanel : p.scale};
+}
+
+template <class Kind, int R, int P>
+FASTDIFF_ALWAYS void begin(typename Kind::Sum (&sum)[R][P * kParts], const Panels& p) {
+  if constexpr (__is_same(Kind, Nibbles)) {
+    start_rows<Kind>(sum, p.first, p.first_stride);
+  } else {
+    start<Kind, R, P>(sum, p.first);
+  }
+}
 
 template <class Kind, int R, int P>
 static __attribute__((noinline)) void multiply_rows(const Rows& rows, const Panels& p, float* out, int64_t ld) {
   Sums<Kind, R, P> sum;
-  start<Kind, R, P>(sum, p.first);
+  begin<Kind, R, P>(sum, p);
   accumulate<Kind>(sum, rows, p.steps, p.data, p.stride);
   p.scale ? fold<Kind>(sum, p.scale, out, ld) : finish<Kind>(sum, out, ld);
 }
@@ -285,10 +341,7 @@ static void multiply(int count, int panels, const Rows& rows, const Panels& p, f
   if constexpr (kTilePanels == 2) {
     if (panels == 2) return multiply_up_to<Kind, 2>(count, rows, p, out, ld);
   }
-  for (int k = 0; k < panels; ++k) {
-    const Panels one{p.data + k * p.stride, p.steps, p.stride, p.first + k * kPanel, p.scale ? p.scale + k * kPanel : p.scale};
-    multiply_up_to<Kind, 1>(count, rows, one, out + k * kPanel, ld);
-  }
+  for (int k = 0; k < panels; ++k) multiply_up_to<Kind, 1>(count, rows, panel_of(p, k), out + k * kPanel, ld);
 }
 
 }  // namespace FASTDIFF_ISA
