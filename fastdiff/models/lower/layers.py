@@ -124,7 +124,7 @@ class Packer:
         total = lambda codes: codes.sum(dim=1, dtype=torch.int32)
         packed, scale, sums = self._pack(weight, pack, self._format(name, spare, precise), total)
         self._note(name, packed, precise or spare)
-        self._give_up(*linears)
+        self.give_up(*linears)
         return PackedLinear(packed, scale, sums, bias, weight.shape[0], self.mode.stream)
 
     def conv(
@@ -154,7 +154,7 @@ class Packer:
         if padding is None:
             padding = [conv.padding[1], conv.padding[1], conv.padding[0], conv.padding[0]]
         bias = None if conv.bias is None else conv.bias.detach().float()
-        self._give_up(conv)
+        self.give_up(conv)
         geometry = (conv.out_channels, conv.kernel_size[0], conv.stride[0], padding, upsample)
         return PackedConv(packed, scale, sums, bias, *geometry, self.mode.stream)
 
@@ -180,7 +180,8 @@ class Packer:
         codes, scale = quantize_weight(weight)
         return arrange(codes), scale, total(codes)
 
-    def _give_up(self, *layers: nn.Module) -> None:
+    def give_up(self, *layers: nn.Module) -> None:
+        """Frees the weights of packed layers, where the originals are not kept."""
         if not self._keep_original:
             for layer in layers:
                 layer.weight = nn.Parameter(layer.weight.to("meta"), requires_grad=False)

@@ -1,6 +1,5 @@
 """UNets: diffusers' `UNet2DModel` (Ho et al. 2020) and `UNet2DConditionModel` (Rombach et al. 2022), and the bundled one."""
 
-import dataclasses
 import inspect
 from collections.abc import Callable
 
@@ -8,11 +7,11 @@ import torch
 from torch import nn
 
 from fastdiff import ops
-from fastdiff.models.lower.layers import PackedConv, Packer
+from fastdiff.models.lower.layers import Packer
 from fastdiff.models.lower.lowered import Call, only_defaults, require, rows_of_time
 from fastdiff.models.lower.structure import Structure
 from fastdiff.models.lower.unet_blocks import Assembly, Conditions, is_silu, pack_conv, pack_norm
-from fastdiff.models.lower.unet_levels import pack_levels
+from fastdiff.models.lower.unet_levels import can_crop, pack_levels
 from fastdiff.models.lower.unet_time import UNetTime
 from fastdiff.temporal import TemporalTable
 
@@ -36,9 +35,7 @@ class LoweredUNet:
         assembly = Assembly(packer)
         self._first = pack_conv(packer, "conv_in", module.conv_in, precise=_FIRST)
         self._down, self._mid, self._up = pack_levels(assembly, module)
-        # diffusers' conditional network resizes to the skip connection where a size does not halve
-        symmetric = all(level.resample is None or level.resample.padding == [1, 1, 1, 1] for level in self._down)
-        self._crops = symmetric and type(module).__name__ == "UNet2DConditionModel"
+        self._crops = can_crop(module, self._down)
         self._norm = pack_norm(packer, "conv_norm_out", module.conv_norm_out, torch.float32)
         self._last = pack_conv(packer, "conv_out", module.conv_out, precise=_LAST)
         context = getattr(module, "encoder_hid_proj", None)
@@ -136,7 +133,7 @@ class LoweredUNet:
             for stage in level.stages:
                 x = stage(x, skips.pop(), conditions)
             if level.resample is not None:
-                x = _upsample(level.resample, x, skips[-1].shape)
+                x = level.resample(x, skips[-1].shape[1:3])
         out = self._last(self._norm(x, None, "silu"), out_dtype=torch.float32)
         return ops.copy(out.permute(0, 3, 1, 2), sample.dtype)
 
@@ -160,14 +157,6 @@ def lower_unet(module: nn.Module, packer: Packer, exact_time: bool) -> LoweredUN
     projection = getattr(config, "encoder_hid_dim_type", None)
     require(projection in (None, "text_proj"), f"encoder_hid_dim_type {projection} is not lowered")
     return LoweredUNet(module, packer, exact_time)
-
-
-def _upsample(conv: PackedConv, x: Tensor, target: torch.Size) -> Tensor:
-    """Twice the resolution, without the last row or column where the skip connection has none."""
-    if target[1:3] == (2 * x.shape[1], 2 * x.shape[2]):
-        return conv(x)
-    repeated = ops.resample(x, "nearest2x")[:, : target[1], : target[2]]
-    return dataclasses.replace(conv, upsample=1)(ops.copy(repeated, x.dtype))
 
 
 def _uses_freeu(block: nn.Module) -> bool:

@@ -140,10 +140,15 @@ def pack_conv(
     packer: Packer, name: str, conv: nn.Conv2d, segments: tuple[int, ...] | None = None, **how
 ) -> PackedConv:
     """Packs a convolution; raises UnsupportedError for kinds that the kernels don't know."""
+    check_conv(name, conv)
+    return packer.conv(name, conv, segments, **how)
+
+
+def check_conv(name: str, conv: nn.Conv2d) -> None:
+    """Raises UnsupportedError for a convolution that the kernels don't know."""
     plain = type(conv) is nn.Conv2d and conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
     require(plain and not isinstance(conv.padding, str), f"{name} is not a plain convolution")
     require(len(set(conv.kernel_size)) == len(set(conv.stride)) == 1, f"{name} has a kernel that is not square")
-    return packer.conv(name, conv, segments, **how)
 
 
 def _check_resnet(name: str, resnet: nn.Module) -> None:

@@ -8,7 +8,16 @@ from torch import nn
 from fastdiff.models.lower.layers import PackedConv, Packer
 from fastdiff.models.lower.lowered import require
 from fastdiff.models.lower.unet_attention import PixelAttention, SpatialTransformer, pack_attention
-from fastdiff.models.lower.unet_blocks import Assembly, Conditions, ResBlock, is_missing, pack_conv, pack_resnet
+from fastdiff.models.lower.unet_blocks import (
+    Assembly,
+    Conditions,
+    ResBlock,
+    check_conv,
+    is_missing,
+    pack_conv,
+    pack_resnet,
+)
+from fastdiff.models.lower.upsample import PackedUpsample, pack_upsample
 
 Tensor = torch.Tensor
 _BLOCKS = {
@@ -36,7 +45,7 @@ class Level:
     """The stages of one resolution, then the change to the next."""
 
     stages: tuple[Stage, ...]
-    resample: PackedConv | None
+    resample: PackedConv | PackedUpsample | None
 
 
 def pack_levels(assembly: Assembly, module: nn.Module) -> tuple[list[Level], Level, list[Level]]:
@@ -50,12 +59,21 @@ def pack_levels(assembly: Assembly, module: nn.Module) -> tuple[list[Level], Lev
     mid = Level((), None)
     if module.mid_block is not None:
         mid = _pack_level(assembly, "mid", "mid_block", module.mid_block)
-    up = [_pack_level(assembly, "up", f"up_blocks.{i}", block, skips) for i, block in enumerate(module.up_blocks)]
+    crops = can_crop(module, down)
+    up = [_pack_level(assembly, "up", f"up_blocks.{i}", b, skips, crops) for i, b in enumerate(module.up_blocks)]
     require(not skips, "skip connections are left over")
     return down, mid, up
 
 
-def _pack_level(assembly: Assembly, kind: str, name: str, block: nn.Module, skips: list[int] | None = None) -> Level:
+def can_crop(module: nn.Module, down: list[Level]) -> bool:
+    """Whether sizes may be odd: diffusers' conditional network then resizes to the skip connection, and only that one."""
+    symmetric = all(level.resample is None or level.resample.padding == [1, 1, 1, 1] for level in down)
+    return symmetric and type(module).__name__ == "UNet2DConditionModel"
+
+
+def _pack_level(
+    assembly: Assembly, kind: str, name: str, block: nn.Module, skips: list[int] | None = None, crops: bool = False
+) -> Level:
     require(type(block).__name__ in _BLOCKS[kind], f"{name} is a {type(block).__name__}")
     attentions = list(getattr(block, "attentions", None) or [])
     # in the middle a residual block comes last
@@ -65,10 +83,12 @@ def _pack_level(assembly: Assembly, kind: str, name: str, block: nn.Module, skip
     for i, (resnet, attention) in enumerate(zip(block.resnets, attentions, strict=True)):
         packed = pack_resnet(assembly, f"{name}.resnets.{i}", resnet, skips.pop() if skips is not None else 0)
         stages.append(Stage(packed, pack_attention(assembly, f"{name}.attentions.{i}", attention)))
-    return Level(tuple(stages), _pack_resample(assembly.packer, kind, name, block))
+    return Level(tuple(stages), _pack_resample(assembly.packer, kind, name, block, crops))
 
 
-def _pack_resample(packer: Packer, kind: str, name: str, block: nn.Module) -> PackedConv | None:
+def _pack_resample(
+    packer: Packer, kind: str, name: str, block: nn.Module, crops: bool
+) -> PackedConv | PackedUpsample | None:
     samplers = list(getattr(block, f"{kind}samplers", None) or [])
     require(len(samplers) <= 1, f"{name} has several {kind}samplers")
     if not samplers:
@@ -78,8 +98,10 @@ def _pack_resample(packer: Packer, kind: str, name: str, block: nn.Module) -> Pa
     require(is_missing(sampler, "norm") and getattr(sampler, "use_conv", True), f"{name} is not a plain convolution")
     conv = sampler.conv
     if kind == "up":
-        require(getattr(sampler, "interpolate", True) and conv.stride == (1, 1), f"{name} does not interpolate")
-        return pack_conv(packer, name, conv, upsample=2)
+        usual = (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
+        require(usual and getattr(sampler, "interpolate", True), f"{name} does not interpolate")
+        check_conv(name, conv)
+        return pack_upsample(packer, name, conv, crops)
     require(conv.stride == (2, 2) and conv.padding in ((0, 0), (1, 1)), f"{name} has another stride or padding")
     # without padding of its own, such a layer adds a row and a column of zeros at the end
     return pack_conv(packer, name, conv, padding=[1, 1, 1, 1] if conv.padding[0] else [0, 1, 0, 1])
