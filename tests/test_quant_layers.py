@@ -26,6 +26,7 @@ from fastdiff.quant import (
     quantize,
 )  # fmt: skip
 from fastdiff.quant.build import build_layer, restore_layer
+from fastdiff.quant.kernels import conv_kernel, linear_kernel
 from fastdiff.quant.layer import qlayers
 from fastdiff.quant.measures import sqnr_db
 from fastdiff.quant.observers import ChannelObserver, RangeObserver
@@ -382,3 +383,24 @@ def _sinusoid(times: torch.Tensor) -> torch.Tensor:
     from fastdiff.models.embeddings import timestep_sinusoid
 
     return timestep_sinusoid(times, 16, True, 0)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("weight", ["int8", "int4", "uint4"])
+def test_T54_kernels_and_dense_weights_agree(weight, dynamic):
+    spec = TensorSpec(weight, symmetric=weight != "uint4")
+    scheme = Scheme(spec, TOKEN if dynamic else TENSOR)
+    linear, conv = nn.Linear(48, 20), nn.Conv2d(12, 10, 3, padding=1)
+    for layer, x in ((linear, torch.randn(7, 48)), (conv, torch.randn(2, 12, 9, 9))):
+        made = build_layer(layer, scheme)
+        if not dynamic:
+            made.set_input_range(torch.tensor([0.03]), None, None)
+        assert (conv_kernel if layer is conv else linear_kernel)(made) is not None
+        exact = layer.__class__.forward(_with_weight(layer, made.dense()), made.values_of(x).float())
+        assert float((made(x) - exact).abs().max()) <= 4e-6 * float(exact.abs().max())
+
+
+def _with_weight(layer: nn.Module, weight: torch.Tensor) -> nn.Module:
+    same = copy.deepcopy(layer)
+    same.weight.data.copy_(weight)
+    return same

@@ -8,6 +8,7 @@ import torch
 from fastdiff import ops
 from fastdiff.ops import packing
 from fastdiff.quant.activations import static_codes
+from fastdiff.quant.schemes import TensorSpec
 
 Tensor = torch.Tensor
 Kernel = Callable[[Tensor], Tensor]
@@ -19,41 +20,41 @@ MOST_PRODUCTS = 133_144
 def linear_kernel(layer: Any) -> Kernel | None:
     """A function [..., K] -> [..., N] for a QLinear, or None."""
     weight, x = layer.scheme.weight, layer.scheme.input
-    per_group = {None: "linear_w4a16", "token": "linear_w4a8"}
-    if layer.weight_zero is not None or weight.dtype not in ("int8", "int4") or layer.in_features > MOST_PRODUCTS:
+    if layer.in_features > MOST_PRODUCTS or (x is not None and not _is_int8(x)):
         return None
-    if weight.dtype == "int4":
-        dynamic = x is None or (x.dtype == "int8" and x.dynamic and x.granularity == "token")
-        name = per_group.get(None if x is None else x.granularity) if dynamic else None
-        whole_steps = layer.in_features // (layer.weight_scale.numel() // layer.out_features) % 8 == 0
-        return _grouped(layer, name) if name and whole_steps else None
-    if weight.granularity != "channel":
+    if weight.dtype == "int4" and (x is None or x.dynamic) and layer.codes().group % 8 == 0:
+        return _grouped(layer, ops.linear_w4a16 if x is None else ops.linear_w4a8)
+    codes = _int8_codes(layer)
+    if codes is None:
         return None
-    if x is None:
-        return _weights_only(layer)
-    if x.dtype != "int8" or not x.symmetric or x.granularity not in ("token", "tensor"):
-        return None
-    return _integer(layer)
+    return _weights_only(layer, codes) if x is None else _integer(layer, codes)
 
 
 def conv_kernel(layer: Any) -> Kernel | None:
     """A function [B, C, H, W] -> [B, N, H', W'] for a QConv2d, or None."""
-    weight, x = layer.scheme.weight, layer.scheme.input
+    x = layer.scheme.input
     square = len({*layer.kernel_size}) == len({*layer.stride}) == len({*layer.padding}) == 1
-    if not square or layer.in_features > MOST_PRODUCTS or layer.weight_zero is not None:
+    if not square or layer.in_features > MOST_PRODUCTS or x is None or not _is_int8(x):
         return None
-    if weight.dtype != "int8" or weight.granularity != "channel" or x is None or x.dtype != "int8" or not x.symmetric:
+    codes = _int8_codes(layer)
+    return None if codes is None else _convolution(layer, codes)
+
+
+def _is_int8(x: TensorSpec) -> bool:
+    return x.dtype == "int8" and x.symmetric and x.granularity in ("token", "tensor")
+
+
+def _int8_codes(layer: Any) -> Tensor | None:
+    """Codes [N, K] int8 without zero point and with one scale per output, where the format has that form exactly."""
+    made = layer.codes()
+    if made.spec.dtype not in ("int8", "int4", "uint4") or made.scale.shape[1] != 1:
         return None
-    return _convolution(layer) if x.granularity in ("token", "tensor") else None
+    # a 4-bit code less its zero point lies in -15..15
+    return made.codes if made.zero is None else (made.codes.to(torch.int16) - made.zero).to(torch.int8)
 
 
-def _packed(layer: Any) -> tuple[Tensor, Tensor]:
-    codes = layer.weight.flatten(1)
-    return packing.pack(codes), packing.weight_sums(codes)
-
-
-def _integer(layer: Any) -> Kernel:
-    packed, sums = _packed(layer)
+def _integer(layer: Any, codes: Tensor) -> Kernel:
+    packed, sums = packing.pack(codes), packing.weight_sums(codes)
     scale, bias, n = layer.weight_scale, layer.bias, layer.out_features
 
     def run(x: Tensor) -> Tensor:
@@ -67,21 +68,21 @@ def _integer(layer: Any) -> Kernel:
     return run
 
 
-def _weights_only(layer: Any) -> Kernel:
-    packed, _ = _packed(layer)
+def _weights_only(layer: Any, codes: Tensor) -> Kernel:
+    packed = packing.pack(codes)
     scale, bias, n = layer.weight_scale, layer.bias, layer.out_features
     return lambda x: ops.linear_w8a16(x.contiguous(), packed, scale, n, bias, "none", None, None, x.dtype)
 
 
-def _grouped(layer: Any, name: str) -> Kernel:
+def _grouped(layer: Any, run: Callable) -> Kernel:
     quantized = layer.codes()
-    packed, run = packing.pack_int4(quantized.codes), getattr(ops, name)
+    packed = packing.pack_int4(quantized.codes)
     scale, group, bias, n = quantized.scale, quantized.group, layer.bias, layer.out_features
     return lambda x: run(x.contiguous(), packed, scale, n, group, bias, "none", None, None, x.dtype)
 
 
-def _convolution(layer: Any) -> Kernel:
-    codes = layer.weight.permute(0, 3, 1, 2).contiguous()  # [N, C, kh, kw]
+def _convolution(layer: Any, codes: Tensor) -> Kernel:
+    codes = codes.view(-1, *layer.kernel_size, layer.in_channels).permute(0, 3, 1, 2).contiguous()  # [N, C, kh, kw]
     packed, sums = (
         packing.pack_conv(codes, (layer.in_channels,)),
         packing.conv_weight_sums(codes, (layer.in_channels,)),
