@@ -110,7 +110,7 @@ def test_a_launch_without_a_gpu_is_an_error_with_a_name():
 
 @needs_module
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-@pytest.mark.parametrize("name", sorted(OPS))
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if any(v.name == "cuda" for v in op.variants)])
 def test_contracts_and_bindings_agree(monkeypatch, name):
     """Every sample reaches its launch, which is what fails here."""
     monkeypatch.setattr(native, "cuda", lambda: native._load("fastdiff._cuda")[0])
