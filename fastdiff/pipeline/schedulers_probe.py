@@ -19,15 +19,27 @@ SYMBOLS = DEAD + HIDDEN
 ONE = SYMBOLS  # the constant term of a vector
 _CHECKS = 24
 SIZE = SYMBOLS + 1 + _CHECKS
-_AFFINE, _STABLE, _ZERO = 1e-6, 2e-4, 1e-11
+_AFFINE, _ZERO = 1e-6, 1e-11
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as"}
 _CLAMPS = {"clamp", "clip", "clamp_", "clip_"}
 _DRAWS = {"randn", "randn_like"}
 _RANDOM = set("rand rand_like randint randperm normal normal_ uniform_ bernoulli multinomial exponential_".split())
 
 
+_WATCHED = _CASTS | _CLAMPS | _DRAWS | _RANDOM
+
+
 class NotAffineError(ValueError):
     """This step cannot be executed as one row."""
+
+
+def _values() -> np.ndarray:
+    """[symbol, element]: 1 in the element of the same number, 0 in the others and in the next, then random numbers."""
+    random = np.random.default_rng(0).standard_normal((SYMBOLS, _CHECKS))
+    return np.concatenate([np.eye(SYMBOLS), np.zeros((SYMBOLS, 1)), random], axis=1)
+
+
+_VALUES = _values()
 
 
 class Ref(NamedTuple):
@@ -59,37 +71,31 @@ class Response:
 
 
 class _Watch(TorchFunctionMode):
-    """Follows a step: gives noise, keeps precision, and takes a clamp apart. `exact` computes in float64."""
+    """Follows a step: gives noise, keeps sums in float64, and takes a clamp apart."""
 
-    def __init__(self, dim: int, exact: bool):
+    def __init__(self, dim: int):
         super().__init__()
         self.shape = torch.Size([1] * (dim - 1) + [SIZE])
-        self.exact, self.dtype = exact, torch.float64 if exact else torch.float32
-        random = np.random.default_rng(0)
-        self.values = np.zeros((SYMBOLS, SIZE))
-        self.values[:, :SYMBOLS] = np.eye(SYMBOLS)
-        self.values[:, SYMBOLS + 1 :] = random.standard_normal((SYMBOLS, _CHECKS))
         self.clamped, self.draws = [], 0
 
     def symbol(self, k: int, scale: float = 1.0) -> torch.Tensor:
-        return torch.from_numpy(scale * self.values[k]).to(self.dtype).reshape(self.shape)
+        return torch.from_numpy(scale * _VALUES[k]).reshape(self.shape)
 
     def is_symbolic(self, value: object) -> bool:
         return isinstance(value, torch.Tensor) and value.shape == self.shape
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name not in _WATCHED:
+            return func(*args, **kwargs) if kwargs else func(*args)
         if name in _DRAWS:
             self.draws += 1
             return self.symbol(NOISE)
         if name in _RANDOM:
             raise NotAffineError(f"it draws with torch.{name}")
-        if args and self.is_symbolic(args[0]):
-            if name in _CASTS:
-                return args[0]
-            if name in _CLAMPS:
-                return self._clamp(*args, **kwargs)
-        return func(*args, **kwargs)
+        if self.is_symbolic(args[0]):
+            return args[0] if name in _CASTS else self._clamp(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
     def _clamp(self, value, min=None, max=None):
         low, high = (float(edge) if edge is not None else end for edge, end in ((min, -np.inf), (max, np.inf)))
@@ -101,7 +107,7 @@ class _Watch(TorchFunctionMode):
         got = tensor.double().reshape(-1).numpy()
         one = got[SYMBOLS]
         weights = got[:SYMBOLS] - one
-        wanted = one + weights @ self.values[:, SYMBOLS + 1 :]
+        wanted = one + weights @ _VALUES[:, SYMBOLS + 1 :]
         scale = max(np.abs(weights).max(), abs(one), 1e-30)
         if not np.max(np.abs(got[SYMBOLS + 1 :] - wanted)) <= _AFFINE * scale:
             raise NotAffineError("a result is not an affine function of the sample, the output, noise and history")
@@ -120,10 +126,9 @@ def probe(
 ) -> Response:
     """What `cls.step` computes in this state. The state's tensors on the CPU, those like the sample as `Ref`.
 
-    Runs twice: with exact sums, for the weights, and in float32: where that is far off, rounding decides what the scheduler
-    returns, and only its own step returns the same. Raises NotAffineError, or whatever the step raises.
+    Raises NotAffineError, or whatever the step raises.
     """
-    watch, twin, result = _run(cls, state, timestep, options, dim, exact=True)
+    watch, twin, result = _run(cls, state, timestep, options, dim)
     response = _response(watch, result)
     if len(watch.clamped) > 1 or watch.draws > 1:
         raise NotAffineError(
@@ -135,15 +140,14 @@ def probe(
         response.clamp = watch.vector(value), low, high
     for name, value in vars(twin).items():
         _note_change(watch, response, name, state.get(name, _ABSENT), value)
-    _check_rounding(result, _run(cls, state, timestep, options, dim, exact=False)[2])
     return response
 
 
 _ABSENT = object()
 
 
-def _run(cls, state, timestep, options, dim, exact):
-    watch = _Watch(dim, exact)
+def _run(cls, state, timestep, options, dim):
+    watch = _Watch(dim)
     twin = object.__new__(cls)
     vars(twin).update({name: fill(value, lambda ref: _symbol(watch, ref)) for name, value in state.items()})
     with torch.no_grad(), watch:
@@ -193,11 +197,3 @@ def _same(before: object, after: object) -> bool:
         return True
     simple = (int, float, bool, str)
     return isinstance(before, simple) and type(before) is type(after) and before == after
-
-
-def _check_rounding(exact: object, rounded: object) -> None:
-    first = [next(iter(r.values())) if hasattr(r, "values") else r[0] for r in (exact, rounded)]
-    a, b = (t.double().reshape(-1)[SYMBOLS + 1 :] for t in first)
-    off = float((a - b).abs().max() / a.abs().max().clamp(min=1e-30))
-    if not off <= _STABLE:
-        raise NotAffineError(f"its own float32 rounding changes this result by {off:.0e}")
