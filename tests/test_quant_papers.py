@@ -203,3 +203,17 @@ def test_ptqd_corrects_the_network_and_can_be_undone():
     assert sqnr_db(want, output(net, data)) > sqnr_db(want, output(plain, data))
     made.undo()
     assert torch.equal(output(net, data), want) and list(net.state_dict()) == list(tiny_unet().state_dict())
+
+
+def test_a_copy_of_a_quantized_network_is_independent():
+    data, net = inputs("unet"), tiny_unet()
+    scheme = Scheme(TensorSpec("int8"), TensorSpec("int8", "tensor", per_step=True))
+    quantize(net, QuantConfig(scheme, spared=RECIPES["w8a8"].config.spared, correct_output=True), data)
+    want = output(net, data)
+    other = copy.deepcopy(net)
+    assert torch.equal(output(other, data), want)
+    other.eps_correction.bias.add_(5.0)
+    layer = next(iter(qlayers(other).values()))
+    layer.steps.set(900.0)
+    assert next(iter(qlayers(net).values())).steps is not layer.steps
+    assert torch.equal(output(net, data), want) and not torch.allclose(output(other, data), want, atol=1.0)
