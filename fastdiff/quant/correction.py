@@ -34,9 +34,11 @@ class EpsCorrection(nn.Module):
     def attach(self, net: nn.Module) -> Any:
         """Corrects every output of `net` from now on, as a part of it; returns the handle of the hook."""
         net.add_module(NAME, self)
-        return net.register_forward_hook(
-            lambda _, args, kwargs, out: self(out, time_of(args, kwargs)), with_kwargs=True
-        )
+        # a bound method, so that a copy of the network follows its own copy of the tables
+        return net.register_forward_hook(self._after, with_kwargs=True)
+
+    def _after(self, net: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor:
+        return self(out, time_of(args, kwargs))
 
 
 def fit_correction(reference: Tensor, quantized: Tensor, data: CalibrationSet) -> EpsCorrection:
