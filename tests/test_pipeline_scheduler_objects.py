@@ -158,12 +158,23 @@ def test_errors_are_the_schedulers_own():
         fast.step(x, fast.timesteps[0], x, nothing=1)
     with pytest.raises(ValueError, match="noise must be"):
         fastdiff.as_fast(fast, noise="brown")
-    with pytest.raises(ValueError, match="right after set_timesteps"):
-        fast.set_timesteps(9)
-        lms = fastdiff.as_fast(make("LMSDiscreteScheduler", SD))
-        lms.set_timesteps(9)
-        lms.step(x, lms.timesteps[0], x)
-        lms.step(x, lms.timesteps[1].expand(2), x)
+
+
+def test_a_vector_of_timesteps_that_is_the_schedulers_own():
+    pair, results = [make("DDPMWuerstchenScheduler", {})], []
+    pair.append(fastdiff.as_fast(pair[0]))
+    for scheduler in pair:
+        scheduler.set_timesteps(4)
+        t = scheduler.timesteps[0].expand(2)
+        results.append(scheduler.step(torch.ones(SHAPE), t, torch.zeros(SHAPE), generator=generator()).prev_sample)
+    assert torch.equal(*results)
+    other = fastdiff.as_fast(make("HeunDiscreteScheduler", {}))
+    other.set_timesteps(4)
+    x = other.step(torch.ones(SHAPE), other.timesteps[0], torch.zeros(SHAPE)).prev_sample
+    with pytest.raises(
+        ValueError, match="not possible here: a vector of timesteps must begin right after set_timesteps"
+    ):
+        other.step(torch.ones(SHAPE), other.timesteps[:2], x)
 
 
 def test_settings_may_change_between_steps():

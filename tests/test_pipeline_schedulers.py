@@ -20,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 MORE = [
     ("IPNDMScheduler", {}, {}),
+    ("DDIMInverseScheduler", {}, {}),
     ("PNDMScheduler", {"skip_prk_steps": True, **V}, {}),
     ("DEISMultistepScheduler", {"solver_order": 3}, {}),
     ("DPMSolverMultistepInverseScheduler", {}, {}),

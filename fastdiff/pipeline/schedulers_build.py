@@ -53,6 +53,7 @@ class _Builder:
         self.stored = len(new) > len(aside)
         # the sample itself is copied: what follows from it adds to exactly the same number
         self.apart = [v for v in self.hidden if v[SAMPLE] == 1.0 and np.count_nonzero(v) == 1]
+        self.brings = False
         self.hidden = [v for v in self.hidden if not any(v is w for w in self.apart)]
         self.relation = self._relate() if self.hidden else None
         if self.relation is None:
@@ -161,20 +162,26 @@ class _Builder:
 
     def _row(self, v: np.ndarray) -> np.ndarray:
         raw, row = self.raw, np.zeros(len(COEF))
-        share = v[OUTPUT] / raw[OUTPUT] if v[OUTPUT] and v is not raw else float(v is raw)
-        if raw[ONE] or not np.isfinite(share):
+        beside = v[OUTPUT] if raw[OUTPUT] == 0.0 else 0.0  # then x brings the output, where no noise is in it
+        share = float(v is raw) if v is raw or not v[OUTPUT] or beside else v[OUTPUT] / raw[OUTPUT]
+        if raw[ONE] or (beside and (raw[NOISE] or any(w[NOISE] for w in self.vectors.values()))):
             raise NotAffineError("the model's output enters a result beside the prediction")
+        self.brings |= bool(beside)
         rest = v - share * raw
         rest[np.abs(rest) < _ZERO * (np.abs(v) + np.abs(share * raw)).max()] = 0.0
         put = {"a": raw[NOISE], "b0": raw[OUTPUT], "d": raw[SAMPLE], "lo": self.low, "hi": self.high, "c_in": 1.0}
         put |= {f"b{1 + i}": raw[SLOT + s] for i, s in enumerate(self.inputs)}
         put |= {"B": rest[CLAMPED], "R": share} if self.response.clamp else {"B": share}
-        put |= {"A": rest[NOISE], "D": rest[SAMPLE], "E": rest[ONE]} | {f"S{s}": rest[SLOT + s] for s in _SLOTS}
+        put |= {"A": rest[NOISE] + beside, "D": rest[SAMPLE], "E": rest[ONE]} | {
+            f"S{s}": rest[SLOT + s] for s in _SLOTS
+        }
         for name, value in put.items():
             row[_COLUMN[name]] = value
         return row
 
     def _noise(self, in_kernel: bool, rows: dict[object, np.ndarray]) -> str:
+        if self.brings:
+            return "output"
         if not self.response.draws:
             return "given" if any(v[NOISE] for v in (self.raw, *self.vectors.values())) else "none"
         if not in_kernel or self.raw[NOISE]:

@@ -33,6 +33,8 @@ def execute(runner: "Runner", plan: Plan, output: torch.Tensor, sample: torch.Te
         sample = sample.contiguous()
     if plan.noise == "none":
         x = torch.empty_like(sample)
+    elif plan.noise == "output":
+        x = torch.empty_like(sample).copy_(output)
     else:
         x = _noise(runner, plan, sample, noise, drawn_in)
     row, *further = memory.numbers(plan)
@@ -58,7 +60,7 @@ def _further(memory: "Memory", plan: Plan, rows: list[int], x, sample, outputs) 
     for place, row in enumerate(rows, start=len(plan.places) - len(rows)):
         # other variants may write back the whole history
         target = memory.views[plan.places[place]] if place >= 0 and direct else torch.empty_like(sample)
-        if plan.noise in ("drawn", "given"):
+        if plan.noise in ("drawn", "given", "output"):
             target.copy_(x)
         memory.run(row, target, memory.history, None, sample, outputs)
         if place >= 0 and not direct:

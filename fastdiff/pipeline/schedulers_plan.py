@@ -48,7 +48,7 @@ class Plan:
     keep       slot that receives a copy of the next state, or -1
     inputs     slots that are read as model outputs
     results    for each of `names`: "next", "h", the number of a further row, or None
-    noise      "drawn", "given" (as an argument), "kernel" (made inside) or "none"
+    noise      "drawn", "given" (as an argument), "kernel" (made inside), "none", or "output": x is the model's output instead
     plain      attributes to set; tensors: the same as references; hidden: those that are not in memory
     slots      history slots needed
     """

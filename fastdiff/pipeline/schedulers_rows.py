@@ -8,6 +8,7 @@ from fastdiff.ops.solver_step import solver_step
 from fastdiff.pipeline.schedulers_execute import Noise, counted, draw, kinds_of, set_seeds
 from fastdiff.pipeline.schedulers_plan import Node, Plan, references
 from fastdiff.pipeline.schedulers_probe import fill
+from fastdiff.pipeline.schedulers_report import Refusal
 from fastdiff.pipeline.schedulers_state import is_same
 
 if TYPE_CHECKING:
@@ -35,7 +36,10 @@ class Rows:
         if {output.dtype, sample.dtype} != {runner.memory.dtype}:
             kinds = kinds_of(runner, plans[0], output, sample, (timestep[0], options))
         wide = sample.to(runner.memory.dtype).contiguous()
-        x = self._noise(plans, wide, noise, kinds[1] if kinds else wide.dtype)
+        if any(plan.noise == "output" for plan in plans):
+            x = torch.empty_like(wide).copy_(output)
+        else:
+            x = self._noise(plans, wide, noise, kinds[1] if kinds else wide.dtype)
         result = self._run(plans, x, wide, output, kinds)
         self.nodes = [plan.node for plan in plans]
         return result
@@ -45,7 +49,7 @@ class Rows:
         runner = self.runner
         if not self.nodes:
             if any(ref for value in runner.node.state.values() for ref in references(value)):
-                raise ValueError("as_fast: a vector of timesteps must begin right after set_timesteps")
+                raise Refusal("a vector of timesteps must begin right after set_timesteps")
             self.root, self.nodes, self.last = runner.node, [runner.node] * len(values), list(values)
         falling = len(runner.attributes.times) < 2 or runner.attributes.times[0] > runner.attributes.times[-1]
         for b, (t, last) in enumerate(zip(values, self.last, strict=True)):
@@ -73,9 +77,9 @@ class Rows:
     def _check(self, plans: list[Plan | str]) -> None:
         for plan in plans:
             if isinstance(plan, str):
-                raise ValueError(f"as_fast: one timestep per sample is not possible here: {plan}")
+                raise Refusal(plan)
         if len({(plan.results, plan.own_h, plan.kind) for plan in plans}) > 1 or any(plan.inputs for plan in plans):
-            raise ValueError("as_fast: these timesteps need different kinds of steps; call step once for each kind")
+            raise Refusal("these timesteps need different kinds of steps; call step once for each kind")
 
     def _noise(self, plans: list[Plan], sample: torch.Tensor, noise: Noise, dtype: torch.dtype | None) -> torch.Tensor:
         if all(plan.noise == "none" for plan in plans):

@@ -41,9 +41,17 @@ class Runner:
             self.report.stock[str(refusal)] += 1
             self.restore(scheduler.__dict__)
             self.dirty = True
-            return self.stock.step(scheduler, output, timestep, sample, **options)
+            return self._own_step(scheduler, output, timestep, sample, options, refusal)
         self.report.fused += 1
         return result
+
+    def _own_step(self, scheduler, output, timestep, sample, options: dict, refusal: Refusal):
+        try:
+            return self.stock.step(scheduler, output, timestep, sample, **options)
+        except (ValueError, RuntimeError, IndexError) as error:
+            if is_vector(timestep):  # hardly any scheduler takes one, and what it says is of no help
+                raise ValueError(f"as_fast: one timestep per sample is not possible here: {refusal}") from error
+            raise
 
     def _fused(self, attributes: dict, output, timestep, sample, options: dict):
         generator = given = None
