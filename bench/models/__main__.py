@@ -51,8 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--memory", type=int, default=0, metavar="MB", help="what may be loaded at once (default: free)"
     )
-    parser.add_argument("--lock", default="", metavar="FILE", help="hold this file's lock during each round")
-    parser.add_argument("--nice", type=int, default=0, help="of this session during each round (Linux)")
+    parser.add_argument("--lock", default="", metavar="FILE", help="hold this file's lock during the rounds")
+    parser.add_argument("--nice", type=int, default=0, help="of this session during the rounds (Linux)")
     parser.add_argument("--peaks", default="", metavar="int8=N,...", help="G(FL)OP/s instead of measuring them")
     parser.add_argument("--json", metavar="FILE", help="append JSON lines to this file")
     return parser

@@ -29,8 +29,8 @@ class Limits:
     rounds     samples per variant
     seconds    of samples after which a slow variant sits out, once it has three
     memory_mb  what may be loaded at once; 0 for what is free
-    lock       file whose lock is held during each round, so that several benchmarks do not time each other
-    nice       of this session's scheduling group (Linux autogroup) during each round; below 0 needs the right to
+    lock       file whose lock is held during the rounds, so that several benchmarks do not time each other
+    nice       of this session's scheduling group (Linux autogroup) during the rounds; below 0 needs the right to
     """
 
     threads: int = 2
@@ -132,8 +132,8 @@ def _measure_group(workload: Workload, names: list[str], group: int, reference, 
             entry.setup = worker.first["seconds"]
             entry.relative_error = relative_error(worker.first["output"], reference)
             workers.append((worker, entry))
-    for _ in range(limits.rounds):
-        with _undisturbed(limits):
+    with _undisturbed(limits):
+        for _ in range(limits.rounds):
             for worker, entry in workers:
                 if entry.error is None and (len(entry.seconds) < 3 or entry.spent < limits.seconds):
                     _take(worker.sample(), entry)
