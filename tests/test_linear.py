@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -205,3 +206,32 @@ def test_errors_name_the_argument():
             call(**options)
     with backend("cpu"), pytest.raises(RuntimeError, match="float32"):
         call(x=x.double())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+def test_amx_code_is_right_on_emulated_tiles(tmp_path):
+    root = SCRIPT.parents[2]
+    features = "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512vnni avx512bf16"
+    if _best() < LEVELS.index("avx512"):
+        pytest.skip("the code around the tiles is AVX512")
+    sources = [
+        SCRIPT.parent / "amx.cpp",
+        *(root / f"csrc/cpu/{name}.cpp" for name in ("parallel", "workspace", "dispatch")),
+    ]
+    flags = (
+        "-std=c++17 -O1 -w -fno-strict-aliasing -ffp-contract=off -DFASTDIFF_ISA=amx -DFASTDIFF_AMX_EMULATED".split()
+    )
+    command = ["g++", *flags, *(f"-m{name}" for name in features.split()), f"-I{root / 'csrc'}", f"-I{SCRIPT.parent}"]
+    subprocess.run([*command, *map(str, sources), "-ldl", "-lpthread", "-o", str(tmp_path / "amx")], check=True)
+    done = subprocess.run([str(tmp_path / "amx")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 588
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
+def test_module_has_amx_instructions():
+    listing = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", native.cpu().__file__], capture_output=True, text=True
+    )
+    for name in ("tdpbusd", "tdpbf16ps", "ldtilecfg", "tilerelease"):
+        assert name in listing.stdout, name

@@ -46,18 +46,18 @@ static void multiply_expanded(const Linear& a, const Rows& rows, const Epilogue&
       const char* from = (const char*)a.weight + (b.panel * packed + k / Format::kPerRow) * kStep;
       group_scales(scale, a, b.panel, k);
       Panels p{from, count, packed * kStep, zeros, row_first ? pieces : 0, scale};
-      if (b.rows > kNarrowRows) {
+      if (b.rows > kNarrowRows<Kind>) {
         for (int j = 0; j < b.panels; ++j)
           expand_panel<Format, Kind>(expanded + j * kSteps * kStep, from + j * packed * kStep, count);
         p.data = expanded;
         p.steps = count * kGrows<Format, Kind>;
         p.stride = kSteps * kStep;
       }
-      for_tiles<Kind::kRows>(b.rows, [&](int64_t row, int height) {
+      for_tiles<kTileRows<Kind>>(b.rows, [&](int64_t row, int height) {
         const int64_t first = b.row + row;
         const Rows tile{rows.base + first * rows.stride + k * 4 / kTakes<Kind>, rows.stride};
         if (row_first) p.first = row_first + first * pieces + piece;
-        (b.rows > kNarrowRows ? multiply<Kind> : multiply_narrow<Format, Kind>)(height, b.panels, tile, p,
+        (b.rows > kNarrowRows<Kind> ? multiply<Kind> : multiply_narrow<Format, Kind>)(height, b.panels, tile, p,
                                                                                  sums + row * kWidth, kWidth);
       });
     }

@@ -118,8 +118,10 @@ static __attribute__((noinline)) void multiply_narrow(const Rows& rows, const Pa
   fold<Kind>(sum, p.scale, out, ld);
 }
 
-// Below this many rows expanding in registers beats expanding into the cache.
-constexpr int kNarrowRows = 4;
+// Up to this many rows expanding in registers beats expanding into the cache. AMX adds in another order than AVX512, and a
+// row's bits must not depend on how many there are.
+template <class Kind>
+constexpr int kNarrowRows = kOnTiles<Kind> ? 0 : 4;
 
 template <class Format, class Kind>
 static void multiply_narrow(int count, int panels, const Rows& rows, const Panels& p, float* out, int64_t ld) {

@@ -61,7 +61,7 @@ static void multiply_direct(const Linear& a, const Rows& rows, int64_t steps, co
     alignas(64) int32_t first[kUnit * kPanel];
     begin_sums(first, a, b.panel);
     const Panels panels{(const char*)a.weight + b.panel * steps * kStep, steps, steps * kStep, first, 0, nullptr};
-    for_tiles<Kind::kRows>(b.rows, [&](int64_t row, int count) {
+    for_tiles<kTileRows<Kind>>(b.rows, [&](int64_t row, int count) {
       const Rows tile{rows.base + (b.row + row) * rows.stride, rows.stride};
       multiply<Kind>(count, b.panels, tile, panels, sums, kUnit * kPanel);
       write(e, sums, kUnit * kPanel, b.row + row, count, b.panel, b.panels);

@@ -13,9 +13,13 @@
 //   accumulate<Codes>(sum, RowPointers{pointers, offset}, ...);  // rows anywhere: the taps of a convolution
 //   finish<Codes>(sum, out, ld);                               // as float32, to epilogue_tile.h
 //
-// multiply<Kind>(rows, count, ...) is all four for 1 to kRows<Kind> strided rows and 1 or 2 panels.
+// multiply<Kind>(count, panels, ...) is all four for 1 to kTileRows<Kind> strided rows and 1 or 2 panels.
 #pragma once
 #include "cpu/activation.h"  // multiply_add
+#if defined(__AMX_INT8__) || defined(FASTDIFF_AMX_EMULATED)
+#define FASTDIFF_AMX 1
+#include "cpu/tile_amx.h"
+#endif
 
 namespace fastdiff {
 namespace FASTDIFF_ISA {
@@ -335,9 +339,38 @@ FASTDIFF_ALWAYS void multiply_up_to(int count, const Rows& rows, const Panels& p
   multiply_rows<Kind, R, P>(rows, p, out, ld);
 }
 
-// out [count, 16 * panels] = rows * panels, for count in 1..kRows and 1 or 2 panels
+// Whether multiply() runs on AMX.
+template <class Kind>
+#if defined(FASTDIFF_AMX)
+constexpr bool kOnTiles = __is_same(Kind, Codes) || __is_same(Kind, Brains);
+#else
+constexpr bool kOnTiles = false;
+#endif
+
+// The most rows that multiply() takes.
+template <class Kind>
+constexpr int kTileRows = kOnTiles<Kind> ? 16 : Kind::kRows;
+
+#if defined(FASTDIFF_AMX)
+template <class Kind>
+static void multiply_on_tiles(int count, int panels, const Rows& rows, const Panels& p, float* out, int64_t ld) {
+  using Sum = typename Kind::Sum;
+  alignas(64) Sum sums[16][2];
+  multiply_tiles<__is_same(Kind, Codes)>(count, panels, rows.base, rows.stride, p.data, p.stride, p.steps, p.first, sums);
+  for (int i = 0; i < count; ++i)
+    for (int j = 0; j < panels; ++j) {
+      float* const to = out + i * ld + j * kPanel;
+      store(to, p.scale ? Kind::fold(load<F32>(to), sums[i][j], load<F32>(p.scale + j * kPanel)) : Kind::to_float(sums[i][j]));
+    }
+}
+#endif
+
+// out [count, 16 * panels] = rows * panels, for count in 1..kTileRows and 1 or 2 panels
 template <class Kind>
 static void multiply(int count, int panels, const Rows& rows, const Panels& p, float* out, int64_t ld) {
+#if defined(FASTDIFF_AMX)
+  if constexpr (kOnTiles<Kind>) return multiply_on_tiles<Kind>(count, panels, rows, p, out, ld);
+#endif
   if constexpr (kTilePanels == 2) {
     if (panels == 2) return multiply_up_to<Kind, 2>(count, rows, p, out, ld);
   }
