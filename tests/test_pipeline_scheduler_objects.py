@@ -168,13 +168,24 @@ def test_a_vector_of_timesteps_that_is_the_schedulers_own():
         t = scheduler.timesteps[0].expand(2)
         results.append(scheduler.step(torch.ones(SHAPE), t, torch.zeros(SHAPE), generator=generator()).prev_sample)
     assert torch.equal(*results)
-    other = fastdiff.as_fast(make("HeunDiscreteScheduler", {}))
-    other.set_timesteps(4)
-    x = other.step(torch.ones(SHAPE), other.timesteps[0], torch.zeros(SHAPE)).prev_sample
-    with pytest.raises(
-        ValueError, match="not possible here: a vector of timesteps must begin right after set_timesteps"
-    ):
-        other.step(torch.ones(SHAPE), other.timesteps[:2], x)
+
+
+def test_samples_that_stood_together_stay_together():
+    fast, alone = (fastdiff.as_fast(make("DPMSolverMultistepScheduler", SD)) for _ in range(2))
+    for scheduler in (fast, alone):
+        scheduler.set_timesteps(4)
+    x, m, t = torch.zeros(SHAPE), torch.ones(SHAPE), fast.timesteps
+    want = alone.step(m, t[1], alone.step(m, t[0], x).prev_sample).prev_sample
+    x = fast.step(m, t[0], x).prev_sample
+    with pytest.raises(ValueError, match="right after set_timesteps"):
+        fast.step(m, t[:2], x)
+    assert torch.equal(fast.step(m, t[1].expand(2), x).prev_sample, want)
+    again = fastdiff.as_fast(make("PNDMScheduler", {"skip_prk_steps": True}))
+    again.set_timesteps(6)
+    x = again.step(m, again.timesteps[[0, 0]], x).prev_sample
+    with pytest.raises(ValueError, match="not possible here: these timesteps need different kinds"):
+        for k in range(1, 6):
+            x = again.step(m, again.timesteps[[k, 0]], x).prev_sample
 
 
 def test_settings_may_change_between_steps():

@@ -44,12 +44,22 @@ class Rows:
         self.nodes = [plan.node for plan in plans]
         return result
 
+    def common(self, timestep: torch.Tensor) -> torch.Tensor:
+        """The timestep of all samples where they have been standing together and go on so, else `timestep`.
+
+        Raises ValueError where they would part on the way.
+        """
+        held = any(True for value in self.runner.node.state.values() for _ in references(value))
+        if self.nodes or not held:
+            return timestep
+        if len(set(timestep.tolist())) > 1:
+            raise ValueError("as_fast: a vector of timesteps must begin right after set_timesteps")
+        return timestep[0]
+
     def _begin(self, values: list[float]) -> list[Node]:
         """Where the samples stand before a call at these timesteps."""
         runner = self.runner
         if not self.nodes:
-            if any(ref for value in runner.node.state.values() for ref in references(value)):
-                raise Refusal("a vector of timesteps must begin right after set_timesteps")
             self.root, self.nodes, self.last = runner.node, [runner.node] * len(values), list(values)
         falling = len(runner.attributes.times) < 2 or runner.attributes.times[0] > runner.attributes.times[-1]
         for b, (t, last) in enumerate(zip(values, self.last, strict=True)):

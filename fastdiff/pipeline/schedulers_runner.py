@@ -65,6 +65,8 @@ class Runner:
         if self.dirty or (self.rows.nodes and not is_vector(timestep)) or self.attributes.edited():
             self._resync(attributes, sample.shape)
         if is_vector(timestep) and len(timestep) == len(sample):
+            timestep = self.rows.common(timestep)
+        if is_vector(timestep):
             return self.rows.step(output, timestep, sample, Noise(generator, given), options)
         plan = self.plan(self.node, timestep, options, sample.dim())
         if isinstance(plan, str):
