@@ -311,7 +311,10 @@ def test_a_killed_run_goes_on_from_its_last_block(recipe):
     assert store.puts > before
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "w4a8-svd", "gptq", "w8a8-static"])
+slow = [pytest.param(name, marks=pytest.mark.slow) for name in ("w4a8-svd", "gptq")]
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-static", *slow])
 def test_T52_the_same_run_gives_the_same_bytes(recipe):
     states = []
     threads = torch.get_num_threads()
@@ -333,7 +336,7 @@ def test_learned_rounding_beats_the_nearest_on_the_network():
     for kind in ("rtn", "adaround"):
         net = tiny_unet()
         scheme = Scheme(weight, None, (), Rounding(kind, iters=40, lr=2e-2, batch=8))
-        quantize(net, QuantConfig(scheme, spared=SPARED), data)
+        quantize(net, QuantConfig(None, (("mid_block", scheme),)), data)
         errors[kind] = sqnr_db(want, output(net, data))
     assert errors["adaround"] >= errors["rtn"] + 1
 

@@ -56,7 +56,7 @@ def temporal_only(scheme: Scheme, spared: tuple[str, ...] = ()) -> QuantConfig:
 @pytest.mark.parametrize("name", NETS)
 def test_T44_tiar_and_block_reconstruction_keep_to_themselves(name):
     data, before = inputs(name), NETS[name]()
-    whole = recipe("tfmq", 4)
+    whole = recipe("tfmq", 2)
     alone, both = NETS[name](), NETS[name]()
     quantize(alone, temporal_only(whole.temporal.scheme, whole.spared), data)
     quantize(both, whole, data)
@@ -107,7 +107,7 @@ def test_T37_finite_set_ranges_clip_nothing(name):
 
 def test_temporal_features_are_kept_where_that_is_nearer():
     net, data = tiny_unet(), inputs("unet")
-    made = quantize(net, recipe("temporal-feature-matters", 4), data)
+    made = quantize(net, recipe("temporal-feature-matters", 2), data)
     notes = {r.name: r.note for r in made.layers if TEMPORAL.search(r.name)}
     heads = [n for n in notes if n.endswith("time_emb_proj")]
     assert heads and all("kept per step: error" in notes[n] for n in heads)
