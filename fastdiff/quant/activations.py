@@ -19,7 +19,7 @@ def dynamic_codes(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     amax = x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
-    inverse = torch.where(amax > 0, 127.0 / amax, torch.zeros_like(amax)).clamp(max=3e38)
+    inverse = torch.where(amax > 0, torch.full_like(amax, 127) / amax, torch.zeros_like(amax)).clamp(max=3e38)
     codes = (x * inverse[..., None]).round().clamp(-127, 127).nan_to_num(0.0)
     bad = ~torch.isfinite(amax)
     scale = torch.where(bad, torch.full_like(amax, float("nan")), amax * _INVERSE_127)

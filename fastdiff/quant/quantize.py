@@ -94,35 +94,14 @@ def quantize(
     if config.split_shortcuts:
         plans = _split(plans, net, data)
     chosen = {plan.name: plan for plan in plans if plan.scheme is not None}
-    _check_data(chosen.values(), data)
     temporal = [name for name, plan in chosen.items() if plan.temporal]
-    others = {name: plan for name, plan in chosen.items() if not plan.temporal}
-    if temporal and data is None:
-        raise ValueError("quantize: the temporal block is quantized for the times of a calibration set; give data=")
-    if config.correct_output and data is None:
-        raise ValueError("quantize: the output is corrected for the times of a calibration set; give data=")
+    _check_data(chosen.values(), config, data)
     before = predictions(net, data) if config.correct_output else None
     auto = config.temporal.mode == "auto"
     work = Work(net, chosen, data, keep_originals or auto or learns(chosen.values()))
     if temporal:
         work.quantize_temporal(temporal)
-    blocks, done = _blocks(net, others, data), ""
-    if not work.sequential and any(plan.scheme.transform(Smooth) for plan in chosen.values()):
-        work.observe_channels(list(others))
-    for index, (block, names) in enumerate(blocks):
-        if progress is not None:
-            progress(block)
-        if store is None:
-            work.quantize_block(block, names)
-            continue
-        done = _fingerprint(done, net, names, config, data)
-        key = f"{index:04d}-{done}"
-        stored = store.get(key)
-        if stored is not None:
-            work.restore(names, stored)
-        else:
-            work.quantize_block(block, names)
-            store.put(key, work.state_of(names))
+    _quantize_blocks(work, config, store, progress or (lambda block: None))
     steps = work.fix_ranges()
     kept = work.select_temporal(temporal) if auto and work.block is not None else {}
     plans = [LayerPlan(p.name, None, kept[p.name], True) if p.name in kept else p for p in plans]
@@ -148,6 +127,28 @@ def apply_state(
         set_module(net, name, layer)
 
 
+def _quantize_blocks(work: Work, config: QuantConfig, store: Store | None, progress: Callable[[str], None]) -> None:
+    """Everything outside of the temporal block, block by block; finished ones come from the store."""
+    net, data, done = work.net, work.data, ""
+    others = {name: plan for name, plan in work.plans.items() if not plan.temporal}
+    blocks = _blocks(net, others, data)
+    if not work.sequential and any(plan.scheme.transform(Smooth) for plan in others.values()):
+        work.observe_channels(list(others))
+    for index, (block, names) in enumerate(blocks):
+        progress(block)
+        if store is None:
+            work.quantize_block(block, names)
+            continue
+        done = _fingerprint(done, net, names, config, data)
+        key = f"{index:04d}-{done}"
+        stored = store.get(key)
+        if stored is not None:
+            work.restore(names, stored)
+        else:
+            work.quantize_block(block, names)
+            store.put(key, work.state_of(names))
+
+
 def _blocks(net: nn.Module, plans: dict[str, LayerPlan], data: CalibrationSet | None) -> list[tuple[str, list[str]]]:
     blocks: dict[str, list[str]] = {}
     for name in plans:
@@ -164,7 +165,11 @@ def _split(plans: list[LayerPlan], net: nn.Module, data: CalibrationSet | None) 
     return [split(plan) if plan.scheme is not None and plan.name in cuts else plan for plan in plans]
 
 
-def _check_data(plans: Any, data: CalibrationSet | None) -> None:
+def _check_data(plans: Any, config: QuantConfig, data: CalibrationSet | None) -> None:
+    if data is None and any(plan.temporal for plan in plans):
+        raise ValueError("quantize: the temporal block is quantized for the times of a calibration set; give data=")
+    if data is None and config.correct_output:
+        raise ValueError("quantize: the output is corrected for the times of a calibration set; give data=")
     needy = next((plan.name for plan in plans if plan.scheme.needs_data), None)
     if needy is not None and data is None:
         raise ValueError(
