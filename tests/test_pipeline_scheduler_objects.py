@@ -317,6 +317,7 @@ def test_compiled_callers_get_the_schedulers_own_step():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_diffusers_own_tests_pass_with_fast_schedulers():
     tree = os.environ.get("FASTDIFF_DIFFUSERS_TREE")
     if not tree:

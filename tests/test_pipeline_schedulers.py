@@ -151,6 +151,18 @@ def test_philox_noise_is_the_samples_own(name, config):
     assert torch.equal(run(other, {**call, "generator": seeds}, seed=None)[-1][0], got)
 
 
+def test_philox_noise_does_not_repeat_after_an_interruption():
+    whole, parted = (fastdiff.as_fast(make("DDIMScheduler", {}), noise="philox", seed=4) for _ in range(2))
+    want = run(whole, {"eta": 1.0}, seed=None)
+    parted.set_timesteps(STEPS)
+    x = start(parted)
+    for i, t in enumerate(parted.timesteps):
+        if i == 7:
+            parted.alphas_cumprod = parted.alphas_cumprod.clone()
+        x = parted.step(network(x, float(t)), t, x, eta=1.0).prev_sample
+    assert torch.equal(x, want[-1][0])
+
+
 def test_philox_noise_is_that_of_the_sampler():
     fast = fastdiff.as_fast(make("EulerAncestralDiscreteScheduler", SD), noise="philox", seed=21)
     plain = make("EulerAncestralDiscreteScheduler", SD)
@@ -196,6 +208,14 @@ def test_float64():
     assert got[-1][0].dtype == torch.float64 and worst(got, want) < 1e-12
     run(fast)  # back to float32 in new memory
     assert fast.fastdiff_report().fused == 2 * STEPS
+
+
+def test_inference_mode():
+    plain = make("UniPCMultistepScheduler", SD)
+    fast = fastdiff.as_fast(plain)
+    with torch.inference_mode():
+        assert worst(run(fast), run(plain)) < 3e-6
+    assert worst(run(fast), run(plain)) < 3e-6 and fast.fastdiff_report().fused == 2 * STEPS
 
 
 def test_layouts_and_other_dimensions():

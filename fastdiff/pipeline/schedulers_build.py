@@ -1,11 +1,19 @@
 """From what a step computes to rows of the step kernel: which operand goes where, and what is left for the next step."""
 
-from collections.abc import Callable, Iterator
-
 import numpy as np
 
 from fastdiff.ops.solver_step import COEF, MAX_OUTPUTS, MAX_SLOTS
-from fastdiff.pipeline.schedulers_plan import LostError, Node, Plan, Relation, ratio, references, slot_of
+from fastdiff.pipeline.schedulers_plan import (
+    LostError,
+    Node,
+    Plan,
+    Relation,
+    arrays,
+    mapped,
+    ratio,
+    references,
+    slot_of,
+)
 from fastdiff.pipeline.schedulers_probe import (
     CLAMPED,
     DEAD,
@@ -38,7 +46,7 @@ class _Builder:
         self.node, self.response = node, response
         self.vectors = {k: self.resolved(v) for k, v in response.outputs.items() if isinstance(v, np.ndarray)}
         self.next = next(iter(self.vectors.values()))
-        state = [self.resolved(v) for v in _arrays(response.tensors)]
+        state = [self.resolved(v) for v in arrays(response.tensors)]
         self.held = {slot_of(v) for v in state} - {None}
         new = [v for v in state if slot_of(v) is None]
         if response.clamp:
@@ -82,7 +90,7 @@ class _Builder:
         names = {first: "next", **dict.fromkeys(shown, "h"), **{place: i for i, place in enumerate(further)}}
         noise = self._noise(in_kernel, rows)
         relation = self._settled(slot_h, keep)
-        tensors = _mapped(self.response.tensors, lambda v: self._reference(self.resolved(v), slot_h))
+        tensors = mapped(self.response.tensors, lambda v: self._reference(self.resolved(v), slot_h))
         state = {**self.node.state, **self.response.plain, **tensors}
         used = taken | set(self.places)
         return Plan(
@@ -189,22 +197,6 @@ class _Builder:
         for row in rows.values():
             row[_COLUMN["C0"]], row[_COLUMN["A"]] = row[_COLUMN["A"]], 0.0
         return "kernel"
-
-
-def _arrays(value: object) -> Iterator[np.ndarray]:
-    if isinstance(value, np.ndarray):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for entry in value.values() if isinstance(value, dict) else value:
-            yield from _arrays(entry)
-
-
-def _mapped(value: object, make: Callable[[np.ndarray], Ref]) -> object:
-    if isinstance(value, np.ndarray):
-        return make(value)
-    if isinstance(value, dict):
-        return {name: _mapped(entry, make) for name, entry in value.items()}
-    return [_mapped(entry, make) for entry in value] if isinstance(value, list) else value
 
 
 def _free(taken: set[int]) -> int:

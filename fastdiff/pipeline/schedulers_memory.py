@@ -21,6 +21,7 @@ class Memory:
     history               [S, *shape] slots; grows on demand
     """
 
+    @torch.inference_mode(False)
     def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device):
         self.shape, self.dtype, self.device = shape, dtype, device
         self.history = torch.zeros(0, *shape, dtype=dtype, device=device)
@@ -39,6 +40,7 @@ class Memory:
         self._numbers: dict[Plan, tuple[int, ...]] = {}
         self._reserve(32)
 
+    @torch.inference_mode(False)  # tensors made inside could not be written outside
     def _reserve(self, capacity: int) -> None:
         """Room for this many rows; the line of `rows` with the same number leads to each."""
         coef = torch.zeros(capacity, len(COEF), dtype=self.dtype, device=self.device)
@@ -71,6 +73,8 @@ class Memory:
         self.filled += 1
         return self.filled - 1
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def need(self, slots: int) -> None:
         """At least this many history slots; what they hold stays."""
         if slots > len(self.history):
@@ -80,6 +84,7 @@ class Memory:
             self._bound.clear()
             self._posts.clear()
 
+    @torch.no_grad()
     def put(self, tensors: list[torch.Tensor]) -> None:
         """Begins a history with these tensors, which may be slots of the one before; that one stays as it is."""
         if tensors:

@@ -1,6 +1,6 @@
 """A step of a scheduler as rows of the step kernel, and where a run stands before and after it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -92,3 +92,21 @@ def ratio(v: np.ndarray, h: np.ndarray) -> float | None:
     if np.abs(v - r * h).max() > _EXACT * np.abs(v).max():
         return None
     return 1.0 if abs(r - 1.0) < _EXACT else r
+
+
+def arrays(value: object) -> Iterator[np.ndarray]:
+    """Every vector in attributes' values."""
+    if isinstance(value, np.ndarray):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from arrays(entry)
+
+
+def mapped(value: object, make: Callable[[np.ndarray], Ref]) -> object:
+    """`value` with references in the places of vectors."""
+    if isinstance(value, np.ndarray):
+        return make(value)
+    if isinstance(value, dict):
+        return {name: mapped(entry, make) for name, entry in value.items()}
+    return [mapped(entry, make) for entry in value] if isinstance(value, list) else value

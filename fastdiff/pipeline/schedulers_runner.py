@@ -32,9 +32,11 @@ class Runner:
         self.roots: dict[tuple, Node] = {}
         self.kinds: dict[tuple, tuple] = {}
         self.rows = Rows(self)
+        self.times, self.done = None, 0  # the timesteps of this run, and the steps done on them
 
     def step(self, scheduler, output, timestep, sample, options: dict):
         """The scheduler's `step`, on the kernel where it can be."""
+        self.done += 1
         try:
             result = self._fused(scheduler.__dict__, output, timestep, sample, options.copy())
         except Refusal as refusal:
@@ -121,15 +123,22 @@ class Runner:
             self.tables, self.failures = tables, 0
         if self.memory.filled > _ROWS:
             self.memory = Memory(self.memory.shape, self.memory.dtype, self.memory.device)
-            self.roots.clear()
+            self._forget()
         self.memory.put(tensors)
-        key = (*key, len(shape))
+        if attributes.get("timesteps") is not self.times:
+            self.times, self.done = attributes.get("timesteps"), 1
+        depth = self.done - 1 if self.philox is not None else 0  # steps share a plan where they share their noise
+        key = (*key, len(shape), depth)
         if key not in self.roots:
             if len(self.roots) >= _SCHEDULES:
-                self.roots.clear()
-            depth = state.get("_step_index")
-            self.roots[key] = Node(state, depth if isinstance(depth, int) else 0)
+                self._forget()
+            self.roots[key] = Node(state, depth)
         self.node, self.dirty = self.roots[key], False
+
+    def _forget(self) -> None:
+        """Lets go of all plans."""
+        self.roots.clear()
+        self.kinds.clear()
 
     def restore(self, attributes: dict, only: str | None = None) -> bool:
         """Writes hidden results (or the one of this name) back as attributes; whether there was any.
