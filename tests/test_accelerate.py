@@ -122,6 +122,29 @@ def test_changed_weights_are_packed_again():
     before = _call(net)
     net.load_state_dict(other.state_dict())
     assert _error(_call(net), _call(other)) < BOUNDS["exact"] < _error(before, _call(other))
+    net.proj_out_2.weight.data = net.proj_out_2.weight.data * 2
+    net.proj_out_2.bias = nn.Parameter(torch.ones_like(net.proj_out_2.bias))
+    own = _call(fastdiff.undo(copy.deepcopy(net)))
+    assert _error(_call(net), own) < BOUNDS["exact"] < _error(_call(other), own)
+
+
+def test_conversion_of_the_module_is_followed():
+    net = fastdiff.accelerate(_dit(), "exact")
+    truth = _call(net)
+    net.to(torch.float64).to(torch.bfloat16)
+    torch.manual_seed(0)
+    x, t = torch.randn(2, 3, 8, 8), torch.rand(2) * 900
+    with torch.no_grad():
+        got = net(x.bfloat16(), t, torch.randint(0, 11, (2,)))
+    assert got.dtype == torch.bfloat16 and 1e-4 < _error(got.float(), truth) < BOUNDS["bf16"]
+
+
+def test_later_hooks_are_respected():
+    net = fastdiff.accelerate(_dit(), "exact")
+    seen = []
+    net.transformer_blocks[1].ff.register_forward_hook(lambda *a: seen.append(1))
+    _call(net)
+    assert seen and "hooks" in next(iter(fastdiff.report(net).calls))
 
 
 def test_two_modules_do_not_touch_each_other():
@@ -162,8 +185,8 @@ def test_report_says_what_runs_and_why_not():
     assert found.lowered and found.calls == {"fused": 1}
     assert runs["transformer_blocks.0.ff.net.2"] == ("w8a8", "")
     assert runs["transformer_blocks.1.ff.net.2"] == ("bfloat16", "asked for")
-    assert runs["proj_out_2"][0] == "bfloat16" and "last layer" in runs["proj_out_2"][1]
-    assert "proj_out_2: bfloat16 (last layer" in str(found) and found.to_dict()["mode"] == "w8a8"
+    assert runs["proj_out_2"][0] == "float32" and "last layer" in runs["proj_out_2"][1]
+    assert "proj_out_2: float32 (last layer" in str(found) and found.to_dict()["mode"] == "w8a8"
 
 
 def test_layers_with_hooks_or_other_classes_are_left_alone():

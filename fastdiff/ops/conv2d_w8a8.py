@@ -67,7 +67,7 @@ def quantize_samples(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch
     if scale is None:
         amax = wide.abs().flatten(1).amax(dim=1)
         scale = torch.where(amax.isfinite(), amax * (1 / 127), torch.full_like(amax, float("nan")))
-        inverse = torch.where(amax > 0, 127 / amax, torch.zeros_like(amax))
+        inverse = torch.where(amax > 0, torch.full_like(amax, 127) / amax, torch.zeros_like(amax))
     else:
         scale = scale.expand(batch).float()
         inverse = 1 / scale

@@ -38,7 +38,7 @@ def row_codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
     largest = torch.where(largest < math.inf, largest, math.nan)  # NaN compares as false
-    inverse = torch.where(largest == 0, 0.0, 127.0 / largest)
+    inverse = torch.where(largest == 0, 0.0, torch.full_like(largest, 127) / largest)  # 127 / largest multiplies a reciprocal
     codes = torch.round(x * inverse).clamp(-127, 127).nan_to_num(0.0).to(torch.int8)
     return codes.contiguous(), (largest * _ONE_127TH).squeeze(-1).contiguous()
 

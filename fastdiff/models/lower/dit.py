@@ -10,6 +10,7 @@ from fastdiff import ops
 from fastdiff.models.embeddings import timestep_sinusoid
 from fastdiff.models.lower.layers import PackedLinear, Packer
 from fastdiff.models.lower.lowered import Call, only_defaults, output_class, require, rows_of_time
+from fastdiff.models.lower.structure import Structure
 from fastdiff.temporal import TemporalTable
 
 Tensor = torch.Tensor
@@ -39,12 +40,13 @@ class LoweredDiT:
         self._module = module
         self._mode = packer.mode
         blocks = module.transformer_blocks
-        self._heads = _heads(blocks[0].attn1)
+        self._heads = blocks[0].attn1.heads
+        self._structure = Structure(module)
         self._pos = module.pos_embed.pos_embed
         self._positions: Tensor | None = None
-        self._patch = packer.linear("pos_embed.proj", _as_linear(module.pos_embed.proj), spare=_FIRST)
+        self._patch = packer.linear("pos_embed.proj", module.pos_embed.proj, precise=_FIRST)
         self._blocks = [_block(packer, f"transformer_blocks.{i}", block) for i, block in enumerate(blocks)]
-        self._final = packer.linear("proj_out_2", module.proj_out_2, spare=_LAST)
+        self._final = packer.linear("proj_out_2", module.proj_out_2, precise=_LAST)
         self._final_eps = module.norm_out.eps
         self.temporal = TemporalTable(self._modulations, exact=exact_time)
         packer.record.add(
@@ -53,6 +55,7 @@ class LoweredDiT:
 
     def read(self, hidden_states=None, timestep=None, class_labels=None, *args, **kwargs) -> Call:
         """diffusers' forward(hidden_states, timestep, class_labels, ...) or the bundled forward(x, t, class_labels)."""
+        self._structure.check()
         names = ("cross_attention_kwargs", "return_dict")
         kwargs |= dict(zip(names, args, strict=False))
         sample = kwargs.pop("x", hidden_states)
@@ -107,7 +110,7 @@ class LoweredDiT:
         patches = (
             sample.unflatten(3, (W // p, p)).unflatten(2, (H // p, p)).permute(0, 2, 4, 1, 3, 5)
         )  # [B, h, w, C, p, p]
-        tokens = ops.copy(patches, self._mode.stream).flatten(3).flatten(1, 2)
+        tokens = ops.copy(patches, torch.float32).flatten(3).flatten(1, 2)
         return self._patch(tokens, residual=self._positions[:B], out_dtype=torch.float32)
 
     def _unpatchify(self, tokens: Tensor, sample: Tensor) -> Tensor:
@@ -152,19 +155,6 @@ def _block(packer: Packer, name: str, block: nn.Module) -> _Block:
         packer.linear(f"{name}.ff.net.2", ff.net[2]),
         (block.norm1.norm.eps, block.norm3.eps),
     )
-
-
-def _as_linear(conv: nn.Conv2d) -> nn.Linear:
-    """A convolution over patches that don't overlap, as a linear layer over patches `[C, p, p]`; shares the weights."""
-    linear = nn.Linear(conv.weight[0].numel(), conv.out_channels, bias=conv.bias is not None, device="meta")
-    linear.weight = nn.Parameter(conv.weight.detach().flatten(1), requires_grad=False)
-    if conv.bias is not None:
-        linear.bias = nn.Parameter(conv.bias.detach(), requires_grad=False)
-    return linear
-
-
-def _heads(attn: nn.Module) -> int:
-    return attn.heads
 
 
 def _is_diffusers(module: nn.Module) -> bool:

@@ -106,19 +106,22 @@ class Packer:
     def linear(
         self, name: str, *linears: nn.Linear, pairs: bool = False, spare: str = "", precise: str = ""
     ) -> PackedLinear:
-        """Linear layers that share an input, next to each other. A convolution of 1 x 1 is one over pixels.
+        """Linear layers that share an input, next to each other. A convolution over patches that don't overlap is one
+        over patches `[C, p, p]`, 1 x 1 included.
 
         pairs    the halves of the output are a value and its gate (GEGLU)
         spare    why the weights stay in floating point, in a mode that quantizes
         precise  why the weights are float32, in every mode
         """
         for layer in linears:
-            _check_plain(name, layer, nn.Conv2d if _is_pointwise(layer) else nn.Linear)
+            _check_plain(name, layer, nn.Conv2d if _is_patchwise(layer) else nn.Linear)
         device = "meta" if self._dry else "cpu"
         weight = torch.cat([layer.weight.detach().to(device).float().flatten(1) for layer in linears])
         bias = _joined_bias(linears)
         if pairs:
             half = weight.shape[0] // 2
+            if half % 16:
+                raise UnsupportedError(f"{name} has {half} pairs, not a multiple of 16")
             weight = interleave(weight[:half], weight[half:])
             bias = None if bias is None else interleave(bias[:half], bias[half:])
         total = lambda codes: codes.sum(dim=1, dtype=torch.int32)
@@ -191,12 +194,11 @@ class Packer:
         self.record.add(name, _FORMATS[packed.dtype], reason, packed.nbytes)
 
 
-def _is_pointwise(layer: nn.Module) -> bool:
-    """Whether a layer is a convolution that sees one pixel at a time."""
+def _is_patchwise(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution that sees every pixel once."""
     if not isinstance(layer, nn.Conv2d):
         return False
-    plain = layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0)
-    return plain and layer.groups == 1
+    return layer.kernel_size == layer.stride and layer.padding == (0, 0) and layer.groups == 1
 
 
 def _check_plain(name: str, layer: nn.Module, expected: type) -> None:

@@ -1,5 +1,6 @@
 """What a lowered model is to those who run it."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -53,7 +54,7 @@ class Lowered(Protocol):
 
 def output_class(module: nn.Module, name: str) -> type:
     """The class of the module's results, found beside the module's own class."""
-    return type(module).forward.__globals__[name]
+    return inspect.unwrap(type(module).forward).__globals__[name]
 
 
 def rows_of_time(t: Tensor | float | int, rows: int) -> Tensor:

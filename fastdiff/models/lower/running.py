@@ -40,7 +40,7 @@ class Running:
         self.name, self.set_up_s = "", 0.0
         self.calls: Counter[str] = Counter()
         self._lowered: Lowered | None = None
-        self._watched: list[tuple[dict, str, nn.Parameter, int | None]] = []
+        self._watched: list[tuple[dict, str, nn.Parameter, int, int | None]] = []
         self._lock = threading.RLock()
         self._forget()
 
@@ -82,7 +82,7 @@ class Running:
         if self._lowered is None or self.keeps_original and self._changed():
             self._lower()
             self._watched = [
-                (layer._parameters, name, p, None if p.is_inference() else p._version)
+                (layer._parameters, name, p, p.data_ptr(), None if p.is_inference() else p._version)
                 for layer in self.module.modules()
                 for name, p in layer._parameters.items()
                 if p is not None
@@ -91,8 +91,8 @@ class Running:
 
     def _changed(self) -> bool:
         """Whether a parameter was written to in place, or is another one."""
-        for owner, name, p, version in self._watched:
-            if owner[name] is not p or (version is not None and p._version != version):
+        for owner, name, p, address, version in self._watched:
+            if owner[name] is not p or p.data_ptr() != address or (version is not None and p._version != version):
                 return True
         return False
 
