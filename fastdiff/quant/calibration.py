@@ -47,6 +47,11 @@ class CalibrationSet:
         """Some of the samples: x, t, cond."""
         return self.x[index], self.t[index], {name: value[index] for name, value in self.cond.items()}
 
+    def to(self, device: torch.device | str) -> "CalibrationSet":
+        """The same samples on another device; times stay where they are."""
+        cond = {name: value.to(device) for name, value in self.cond.items()}
+        return CalibrationSet(self.x.to(device), self.t.to(device), cond, self.times)
+
     def digest(self) -> str:
         """sha256 of all values."""
         sha = hashlib.sha256()

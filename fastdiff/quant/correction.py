@@ -67,5 +67,6 @@ def fit_correction(reference: Tensor, quantized: Tensor, data: CalibrationSet) -
 
 def predictions(net: nn.Module, data: CalibrationSet) -> Tensor:
     """The network's outputs for all samples, [n, C, ...]."""
+    data = data.to(next(net.parameters(), torch.zeros(())).device)
     with torch.no_grad():
         return torch.cat([net(x, t, **cond) for x, t, cond in data.batches()])

@@ -27,10 +27,10 @@ def gptq(weight: Tensor, hessian: Tensor, spec: TensorSpec, damp: float = 0.01, 
     scale, zero = fit(weight.reshape(-1, group), spec)
     scale, zero = scale.view(N, -1), None if zero is None else zero.view(N, -1)
     factor = _inverse_factor(hessian, damp).float()
-    work, codes = weight.clone(), torch.zeros(N, K)
+    work, codes = weight.clone(), torch.zeros_like(weight)
     for begin in range(0, K, block):
         end = min(begin + block, K)
-        errors = torch.zeros(N, end - begin)
+        errors = weight.new_zeros(N, end - begin)
         for k in range(begin, end):
             s, z = scale[:, k // group], None if zero is None else zero[:, k // group]
             codes[:, k] = round_to(work[:, k], s, z, spec)

@@ -47,7 +47,9 @@ class QLayer(nn.Module):
 
     def set_input_range(self, scale: Tensor, zero: Tensor | None, steps: StepContext | None) -> None:
         """Fixes the range of the activations: [1], or one per step of `steps`."""
-        self.input_scale, self.input_zero, self.steps = scale.float(), zero, steps
+        device = self.weight.device
+        self.input_scale, self.steps = scale.float().to(device), steps
+        self.input_zero = None if zero is None else zero.to(device)
 
     def enable_input(self, enabled: bool) -> None:
         """Switches the quantization of activations, for calibration."""

@@ -18,11 +18,11 @@ class _Enough(Exception):
 
 def run(net: nn.Module, data: CalibrationSet, batch: int = 32) -> None:
     """Calls the network with all samples, in order."""
-    device = next(net.parameters(), torch.zeros(())).device
+    data = data.to(next(net.parameters(), torch.zeros(())).device)
     with torch.no_grad():
         for x, t, cond in data.batches(batch):
             with contextlib.suppress(_Enough):
-                net(x.to(device), t.to(device), **{name: value.to(device) for name, value in cond.items()})
+                net(x, t, **cond)
 
 
 @contextlib.contextmanager

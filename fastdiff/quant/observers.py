@@ -23,14 +23,14 @@ class RangeObserver:
     def update(self, x: Tensor, rows: Tensor) -> None:
         """Takes x [B, ...] in; rows [B] or [1] are the steps of its samples."""
         flat = x.detach().float().reshape(x.shape[0], -1)
-        rows = rows.expand(x.shape[0]) if rows.numel() == 1 else rows
-        self.low.scatter_reduce_(0, rows, flat.amin(1), "amin")
-        self.high.scatter_reduce_(0, rows, flat.amax(1), "amax")
+        rows = (rows.expand(x.shape[0]) if rows.numel() == 1 else rows).cpu()
+        self.low.scatter_reduce_(0, rows, flat.amin(1).cpu(), "amin")
+        self.high.scatter_reduce_(0, rows, flat.amax(1).cpu(), "amax")
         # a stride that is no multiple of the row length visits all channels and positions
         stride = max(1, flat.shape[1] // 512) | 1
         for row, values in zip(rows.tolist(), flat[:, ::stride], strict=True):
             if sum(part.numel() for part in self._values[row]) < _KEPT:
-                self._values[row].append(values.clone())
+                self._values[row].append(values.cpu().clone())
 
     def table(self, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
         """Scale [S] and zero point [S] (or None) of every step; [1] unless the setting has one range per step."""

@@ -83,7 +83,7 @@ def quantize(x: Tensor, spec: TensorSpec) -> QTensor:
     N, K = x.shape
     group = group_of(spec, K) if K else 1
     if x.numel() == 0:
-        return QTensor(torch.zeros(N, K, dtype=code_dtype(spec)), torch.ones(N, 1), None, spec)
+        return QTensor(x.new_zeros(N, K, dtype=code_dtype(spec)), x.new_ones(N, 1).float(), None, spec)
     if spec.dtype == "nvfp4":  # its scales have a scale of the whole matrix
         return _quantize(x.float(), group, spec)
     # a few rows at a time stay in the cache: that is most of the time of a large model
