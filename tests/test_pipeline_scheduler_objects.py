@@ -14,7 +14,7 @@ import torch
 from scheduler_settings import SD
 
 import fastdiff
-from fastdiff.pipeline import fast_class
+from fastdiff.pipeline import fast_class, schedulers_runner
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed; these are its schedulers")
 from scheduler_pairs import SHAPE, STEPS, difference, make, network, run, start, worst  # noqa: E402
@@ -146,6 +146,14 @@ def test_what_the_kernel_cannot_do_is_left_to_the_scheduler(name, config, reason
     assert report.fused == 0 and all(re.search(reason, text) for text in report.stock)
 
 
+def test_a_setting_that_was_given_up_is_tried_again_when_it_changes():
+    fast = fastdiff.as_fast(make("DPMSolverMultistepScheduler", {**SD, "thresholding": True}))
+    run(fast)
+    fast.register_to_config(thresholding=False)
+    run(fast)
+    assert fast.fastdiff_report().fused == STEPS and fast.fastdiff_report().stock.total() == STEPS
+
+
 def test_errors_are_the_schedulers_own():
     fast = fastdiff.as_fast(make("EulerDiscreteScheduler", SD))
     x = torch.zeros(SHAPE)
@@ -211,6 +219,17 @@ def test_settings_may_change_between_steps():
         want, got = (advance(s, start(s), first, first + n) for s in pair)
         assert difference(got, want) < 3e-6
     assert not pair[1].fastdiff_report().stock
+
+
+def test_plans_are_forgotten_when_there_are_many(monkeypatch):
+    monkeypatch.setattr(schedulers_runner, "_ROWS", 30)
+    monkeypatch.setattr(schedulers_runner, "_SCHEDULES", 2)
+    plain = make("UniPCMultistepScheduler", SD)
+    fast = fastdiff.as_fast(plain)
+    for steps in (6, 9, 12, 7, 6, 15, 9):
+        assert worst(run(fast, steps=steps), run(plain, steps=steps)) < 3e-6
+    runner = vars(fast)["_fastdiff"]
+    assert len(runner.roots) <= 2 and runner.memory.filled <= 45
 
 
 def test_two_schedulers_do_not_share_anything():

@@ -88,7 +88,7 @@ class _Builder:
             self.places.append(_free(taken | set(self.places)))
         further = [place for place in others if place not in shown]
         names = {first: "next", **dict.fromkeys(shown, "h"), **{place: i for i, place in enumerate(further)}}
-        noise = self._noise(in_kernel, rows)
+        noise = self._noise(in_kernel, [*rows.values(), *apart])
         relation = self._settled(slot_h, keep)
         tensors = mapped(self.response.tensors, lambda v: self._reference(self.resolved(v), slot_h))
         state = {**self.node.state, **self.response.plain, **tensors}
@@ -187,14 +187,14 @@ class _Builder:
             row[_COLUMN[name]] = value
         return row
 
-    def _noise(self, in_kernel: bool, rows: dict[object, np.ndarray]) -> str:
+    def _noise(self, in_kernel: bool, rows: list[np.ndarray]) -> str:
         if self.brings:
             return "output"
         if not self.response.draws:
-            return "given" if any(v[NOISE] for v in (self.raw, *self.vectors.values())) else "none"
+            return "given" if self.raw[NOISE] or any(row[_COLUMN["A"]] for row in rows) else "none"
         if not in_kernel or self.raw[NOISE]:
             return "drawn"
-        for row in rows.values():
+        for row in rows:
             row[_COLUMN["C0"]], row[_COLUMN["A"]] = row[_COLUMN["A"]], 0.0
         return "kernel"
 

@@ -26,7 +26,7 @@ class Runner:
         self.stock, self.philox = stock, philox
         self.report = SchedulerReport(stock.__name__)
         self.attributes = Attributes()
-        self.dirty, self.failures, self.reason, self.tables = True, 0, "", None
+        self.dirty, self.failures, self.reason, self.scope = True, 0, "", (None, None)
         self.memory: Memory | None = None
         self.node: Node | None = None
         self.roots: dict[tuple, Node] = {}
@@ -66,6 +66,7 @@ class Runner:
             memory = self._prepare(attributes, output, sample)
         if self.dirty or (self.rows.nodes and not is_vector(timestep)) or self.attributes.edited():
             self._resync(attributes, sample.shape)
+            memory = self.memory
         if is_vector(timestep) and len(timestep) == len(sample):
             timestep = self.rows.common(timestep)
         if is_vector(timestep):
@@ -119,8 +120,9 @@ class Runner:
         key, state, tensors, tables = self.attributes.read(attributes, shape)
         if len(tensors) > 5:
             raise Refusal("it remembers more than five tensors")
-        if tables != self.tables:
-            self.tables, self.failures = tables, 0
+        scope = tables, attributes.get("_internal_dict")
+        if tables != self.scope[0] or scope[1] is not self.scope[1]:
+            self.scope, self.failures = scope, 0
         if self.memory.filled > _ROWS:
             self.memory = Memory(self.memory.shape, self.memory.dtype, self.memory.device)
             self._forget()
@@ -192,5 +194,5 @@ class Runner:
         except LostError:
             raise
         except Exception as error:  # its own step will say the same to the user, or know better
-            return f"its step failed on basis vectors: {type(error).__name__}: {error}"
+            raise Refusal(f"its step failed on basis vectors: {type(error).__name__}: {error}") from None
         return plan
