@@ -1,5 +1,6 @@
 """The side-by-side timing of whole models: what it computes around the clock, on the bundled models."""
 
+import fcntl
 import importlib.util
 import sys
 
@@ -14,7 +15,7 @@ from bench.models import openvino_graph, openvino_peer, profile, sampling
 from bench.models.loaded import Unavailable
 from bench.models.reference import relative_error
 from bench.models.report import records, table
-from bench.models.rounds import Limits, Measured, _groups, measure
+from bench.models.rounds import Limits, Measured, _groups, _undisturbed, measure
 from bench.models.workloads import WORKLOADS, select
 
 
@@ -67,6 +68,14 @@ def test_groups_fit_into_memory_and_all_hold_the_first_variant():
     assert _groups(names, 1 << 20, 1500 + 2117) == [names[:3], [names[0], third]]
     assert _groups(names, 1 << 20, 0) == [[names[0], other] for other in (first, second, third)]
     assert _groups(names[:1], 1 << 20, 0) == [names[:1]]
+
+
+def test_rounds_hold_the_lock(tmp_path):
+    path = tmp_path / "lock"
+    with _undisturbed(Limits(lock=str(path))), open(path) as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(path) as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_samples_that_others_disturbed_do_not_count():
