@@ -38,6 +38,12 @@ def fixed_seeds():
 
 
 @pytest.fixture(autouse=True)
+def no_leaks():
+    yield
+    assert torch.is_grad_enabled(), "the test left gradients switched off"
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """Memory that the package allocates holds NaN until somebody writes it."""
     for name in ("empty", "empty_like"):

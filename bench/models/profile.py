@@ -78,6 +78,7 @@ def _calls(workload: Workload, variant: str, threads: int) -> Callable[[], list[
     return torch_calls(workload, {"fp32": torch.float32, "bf16": torch.bfloat16}[kind])
 
 
+@torch.no_grad()
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.models.profile", description=__doc__)
     parser.add_argument("--model", required=True, choices=[name for name, w in WORKLOADS.items() if w.images is None])
@@ -86,7 +87,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    torch.set_grad_enabled(False)
     run = _calls(WORKLOADS[args.model], args.variant, args.threads)
     run()
     rows = summary([run() for _ in range(_RUNS)])

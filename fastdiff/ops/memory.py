@@ -20,7 +20,7 @@ class Arena:
     """
 
     def __init__(self) -> None:
-        self._blocks: list[np.ndarray] = []
+        self._blocks: list[np.ndarray] = [np.empty(0, dtype=np.uint8)]  # the first is never given out
 
     @property
     def nbytes(self) -> int:
@@ -30,17 +30,15 @@ class Arena:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor with undefined contents, aligned to 64 bytes, on the smallest block that is free."""
         wanted = max(math.prod(shape) * dtype.itemsize, 1)
-        free = [block for block in self._blocks if block.nbytes >= wanted and self._is_free(block)]
+        # how many references the interpreter itself holds differs between versions: the first block tells
+        holders = [sys.getrefcount(block) for block in self._blocks]
+        free = [b for b, n in zip(self._blocks, holders, strict=True) if n <= holders[0] and b.nbytes >= wanted]
         block = min(free, key=lambda b: b.nbytes, default=None)
         # a block of twice the size is better left to a larger tensor
         if block is None or block.nbytes > 2 * wanted + 4096:
             block = _aligned(wanted)
             self._blocks.append(block)
         return torch.from_numpy(block)[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-
-    def _is_free(self, block: np.ndarray) -> bool:
-        # held by the list, by the loop over it, by this call and by getrefcount; a tensor on it is one more
-        return sys.getrefcount(block) <= 4
 
 
 def _aligned(nbytes: int) -> np.ndarray:
