@@ -95,14 +95,19 @@ class LoweredDiT:
 
     def _run_block(self, block: _Block, x: Tensor, modulation: list[Tensor]) -> Tensor:
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation
-        stream = self._mode.stream
-        h = ops.norm_modulate(x, "layer", None, None, block.norms_eps[0], shift_attn, scale_attn, stream)
-        q, k, v = block.qkv(h).unflatten(2, (3, self._heads, -1)).unbind(2)
+        h, codes_scale = self._normed(block.qkv, x, block.norms_eps[0], shift_attn, scale_attn)
+        q, k, v = block.qkv(h, x_scale=codes_scale).unflatten(2, (3, self._heads, -1)).unbind(2)
         h = ops.attention(q, k, v, None, None, q.shape[-1] ** -0.5, self._mode.attention)
         x = block.projection(h.flatten(2), gate=gate_attn, residual=x, out_dtype=torch.float32)
-        h = ops.norm_modulate(x, "layer", None, None, block.norms_eps[1], shift_ff, scale_ff, stream)
-        h = block.first(h, activation="gelu_tanh")
+        h, codes_scale = self._normed(block.first, x, block.norms_eps[1], shift_ff, scale_ff)
+        h = block.first(h, activation="gelu_tanh", x_scale=codes_scale)
         return block.second(h, gate=gate_ff, residual=x, out_dtype=torch.float32)
+
+    def _normed(self, into: PackedLinear, x: Tensor, eps: float, shift: Tensor, scale: Tensor):
+        """Norm and modulation, as codes and their scales where the next product wants codes."""
+        if into.scale is not None:
+            return ops.norm_modulate_int8(x, "layer", None, None, eps, shift, scale)
+        return ops.norm_modulate(x, "layer", None, None, eps, shift, scale, self._mode.stream), None
 
     def _embed(self, sample: Tensor) -> Tensor:
         p = self._module.pos_embed.proj.kernel_size[0]

@@ -39,13 +39,17 @@ class PackedLinear:
         gate: Tensor | None = None,
         residual: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
+        x_scale: Tensor | None = None,
     ) -> Tensor:
-        """`[..., K]` to `[..., N]`: product, bias, activation, gate and residual, in `out_dtype` (the stream's)."""
+        """`[..., K]` to `[..., N]`: product, bias, activation, gate and residual, in `out_dtype` (the stream's).
+
+        x_scale  `[...]` of the rows, where x is int8 codes
+        """
         n, out = self.out_features, out_dtype or self.stream
         if self.scale is None:
             return ops.linear(x, self.weight, n, self.bias, activation, gate, residual, out)
         return ops.linear_w8a8(
-            x, None, self.weight, self.scale, self.sums, n, self.bias, activation, gate, residual, None, out
+            x, x_scale, self.weight, self.scale, self.sums, n, self.bias, activation, gate, residual, None, out
         )
 
 
