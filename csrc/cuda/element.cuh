@@ -9,9 +9,9 @@
 namespace fastdiff {
 
 FASTDIFF_INLINE const char* at(const void* data, int64_t index, int type) {
-  return static_cast<const char*>(data) + index * size_of(type);
+  return static_cast<const char*>(data) + index * size_of_float(type);
 }
-FASTDIFF_INLINE char* at(void* data, int64_t index, int type) { return static_cast<char*>(data) + index * size_of(type); }
+FASTDIFF_INLINE char* at(void* data, int64_t index, int type) { return static_cast<char*>(data) + index * size_of_float(type); }
 
 FASTDIFF_INLINE float half_to_float(uint32_t bits) {
   __half_raw raw;

@@ -16,7 +16,7 @@ struct GramOperands {
 };
 
 inline bool is_flat(const Operand& v, int64_t channels, int64_t elements) {
-  const uintptr_t bytes = size_of(v.type) == 2 ? 8 : 16;
+  const uintptr_t bytes = size_of_float(v.type) == 2 ? 8 : 16;
   return reinterpret_cast<uintptr_t>(v.data) % bytes == 0 && v.stride_b % 4 == 0 && channels * elements % 4 == 0 &&
          (elements == 1 || v.stride_e == 1) && (channels == 1 || v.stride_c == elements);
 }
