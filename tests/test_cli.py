@@ -42,6 +42,14 @@ def test_sample_writes_a_grid_with_its_recipe(capsys, tmp_path):
     assert np.array_equal(np.asarray(Image.open(out)), first)
 
 
+def test_sample_runs_quantized_models_on_their_own_layers(capsys, tmp_path):
+    settings = ["--samples", "2", "--steps", "2"]
+    assert output(capsys, "quantize", "bundled:unet", "-o", str(tmp_path / "q"), *settings)["code"] == 0
+    arguments = ["--count", "1", "--steps", "2", "--no-compare", "--out", str(tmp_path / "a.png")]
+    report = output(capsys, "sample", "--model", str(tmp_path / "q"), *arguments)
+    assert report["code"] == 0 and report["mode"] == "none" and (tmp_path / "a.png").exists()
+
+
 def test_sample_reads_any_folder_and_unconditional_models(capsys, tmp_path):
     report = output(capsys, "sample", "--model", "bundled:unet", "--count", "1", "--steps", "2", "--solver", "euler-a",
                     "--out", str(tmp_path / "u.png"))  # fmt: skip

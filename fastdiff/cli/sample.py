@@ -10,12 +10,14 @@ import torch
 
 import fastdiff
 from fastdiff.accelerate import accelerate
+from fastdiff.artefact import load
 from fastdiff.images import grid, save_png
-from fastdiff.models.load import LoadedModel, load_model
+from fastdiff.models.load import LoadedModel
 from fastdiff.models.lower.record import MODES
 from fastdiff.ops import OPS, native
 from fastdiff.plain import plain_sample
 from fastdiff.plan import Plan
+from fastdiff.quant.layer import QLayer
 from fastdiff.sampler import Sampler
 from fastdiff.solvers import SOLVERS
 from fastdiff.solvers.compat import process_of
@@ -25,7 +27,9 @@ _COMPARE_ROUNDS = 2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", default="bundled:dit", help="bundled:dit, bundled:unet, or a folder in diffusers layout"
+        "--model",
+        default="bundled:dit",
+        help="bundled:dit, bundled:unet, or a folder in diffusers layout, quantized or not",
     )
     parser.add_argument("--count", type=int, default=20, help="images (default 20)")
     parser.add_argument("--classes", type=int, nargs="+", default=None, help="class labels, repeated over the images")
@@ -49,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Samples, writes the grid, prints the time per step and against plain torch."""
     if args.count < 1:
         raise ValueError(f"--count must be >= 1, got {args.count}")
-    model = load_model(args.model)
+    model = load(args.model)
     model.net.to(args.device).eval()
     plain = copy.deepcopy(model.net)
     mode = _accelerate(model, args)
@@ -78,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _accelerate(model: LoadedModel, args: argparse.Namespace) -> str:
     """Puts the network on fused kernels where they run; returns the mode."""
-    if args.mode == "none" or torch.device(args.device).type != "cpu" or native.cpu() is None:
+    quantized = any(isinstance(layer, QLayer) for layer in model.net.modules())
+    if args.mode == "none" or quantized or torch.device(args.device).type != "cpu" or native.cpu() is None:
         return "none"
     accelerate(model.net, args.mode)
     return args.mode
