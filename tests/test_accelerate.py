@@ -128,6 +128,16 @@ def test_changed_weights_are_packed_again():
     assert _error(_call(net), own) < BOUNDS["exact"] < _error(_call(other), own)
 
 
+def test_layers_of_unknown_modules_follow_their_weights():
+    net = fastdiff.accelerate(_Plain().eval(), "exact")
+    _call(net)
+    with torch.no_grad():
+        net.qkv.weight.mul_(3)
+    own = _call(fastdiff.undo(copy.deepcopy(net)))
+    assert _error(_call(net), own) < BOUNDS["exact"]
+    assert any(layer.name == "qkv" and "changed" in layer.reason for layer in fastdiff.report(net).layers)
+
+
 def test_conversion_of_the_module_is_followed():
     net = fastdiff.accelerate(_dit(), "exact")
     truth = _call(net)

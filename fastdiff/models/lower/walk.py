@@ -114,17 +114,24 @@ class _Layer:
     def __init__(self, name: str, module: nn.Module, fused: Callable[[Tensor], Tensor]) -> None:
         self.name, self.module = name, module
         self._fused = fused
-        self._version = module.weight._version if module.weight is not None else 0
+        self._packed_from = self._parameters()
         self._choice = _Choice()
 
     def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
         own = lambda: type(self.module).forward(self.module, x, *args, **kwargs)
-        if args or kwargs or not _servable(x):
+        if args or kwargs or not _servable(x) or self._parameters() != self._packed_from:
             return own()
         ours = lambda: self._fused(x)
         return ours() if self._choice.is_ours((x.shape, x.stride(), x.dtype), ours, own) else own()
 
+    def _parameters(self) -> list[tuple]:
+        """Tells parameters that were written to, or replaced, from those that were packed."""
+        held = [p for p in self.module._parameters.values() if p is not None]
+        return [(id(p), p.data_ptr(), None if p.is_inference() else p._version) for p in held]
+
     def outcome(self, entry: LayerRecord) -> tuple[str, str]:
+        if self._parameters() != self._packed_from:
+            return "torch", "its weights have changed; accelerate again"
         if not self._choice.ratios:
             return entry.runs, "not called yet"
         worst = min(self._choice.ratios)
