@@ -23,10 +23,22 @@ class _OnlyKernels(TorchFunctionMode):
     """Refuses torch's own computations while a program is recorded: they would be missing from it.
 
     What only describes memory passes: sizes, strides, and views of the arguments.
+
+    constants  the tensors outside of `arena` whose addresses kernels took, from address to tensor
     """
+
+    def __init__(self, arena: Arena) -> None:
+        super().__init__()
+        self._arena = arena
+        self.constants: dict[int, torch.Tensor] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", str(func))
+        if name == "data_ptr":
+            address = func(*args)
+            if not self._arena.holds(address):
+                self.constants[address] = args[0]
+            return address
         changes = name.endswith("_") and not name.endswith("__") or "out" in (kwargs or {})
         if changes or name in _READS or name == "__setitem__":
             raise NotCapturableError(f"program: torch ran {name}; only fastdiff.ops can be recorded")
@@ -65,11 +77,13 @@ class Program:
         self._arena = arena or Arena()
         with torch.no_grad(), use_arena(self._arena):
             self._native.start()
+            recording = _OnlyKernels(self._arena)
             try:
-                with _OnlyKernels():
+                with recording:
                     self._outputs = function(*self._inputs)
             finally:
                 self._native.stop()
+        self._constants = recording.constants  # repetitions read them, whoever else has dropped them
 
     def __len__(self) -> int:
         """Number of recorded kernel calls."""

@@ -1,6 +1,7 @@
 """Recorded programs and the arena: the same numbers as eager calls, on memory that is used again."""
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -28,6 +29,16 @@ def test_profile_names_every_call():
     program = Program(_norms, (torch.randn(3, 40),))
     profile = program.profile()
     assert [name for name, _ in profile] == ["gram", "gram"] and all(0 < us < 1e6 for _, us in profile)
+
+
+def test_programs_keep_what_they_read():
+    constants = [torch.randn(40, 50)]
+    program = Program(lambda x: gram([x, constants[0]]), (torch.randn(40, 50),))
+    x, expected = torch.randn(40, 50), constants[0].clone()
+    reads = [weakref.ref(tensor) for tensor in constants]
+    constants.clear()
+    assert reads[0]() is not None
+    torch.testing.assert_close(program(x), gram([x, expected]), rtol=0, atol=0)
 
 
 def test_results_are_fresh_memory():

@@ -27,6 +27,10 @@ class Arena:
         """Bytes of all blocks."""
         return sum(block.nbytes for block in self._blocks)
 
+    def holds(self, address: int) -> bool:
+        """Whether an address lies in one of the blocks."""
+        return any(0 <= address - block.ctypes.data < block.nbytes for block in self._blocks)
+
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor with undefined contents, aligned to 64 bytes, on the smallest block that is free."""
         wanted = max(math.prod(shape) * dtype.itemsize, 1)
