@@ -1,0 +1,191 @@
+"""Transformer blocks over tokens that look at each other, then at a context: PixArt, Wan, LTX-Video and their kin."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from fastdiff import ops
+from fastdiff.models.lower.context import ONCE
+from fastdiff.models.lower.layers import PackedLinear, Packer
+from fastdiff.models.lower.lowered import require
+from fastdiff.models.lower.unet_blocks import as_float
+
+Tensor = torch.Tensor
+_NORMS = {"LayerNorm": "layer", "FP32LayerNorm": "layer", "RMSNorm": "rms"}
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What all blocks of one forward take besides their tokens.
+
+    bias      `[B, 1, 1, M]`, added to the scores of the context, or None
+    rotation  cosines and sines of queries and keys, `[N, D]` or, where heads turn differently, `[B, N, C]`, or None
+    grid      height and width of the tokens as an image
+    """
+
+    bias: Tensor | None
+    rotation: tuple[Tensor, Tensor] | None
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TokenNorm:
+    """Norm of every token, modulated."""
+
+    kind: str
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def __call__(
+        self, x: Tensor, into: PackedLinear, shift: Tensor | None = None, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """In the stream, or as codes and their scales where the product that follows wants codes."""
+        affine = (self.kind, self.weight, self.bias, self.eps, shift, scale)
+        if into.scale is not None:
+            return ops.norm_modulate_int8(x, *affine)
+        return ops.norm_modulate(x, *affine, into.stream), None
+
+    def plain(self, x: Tensor) -> Tensor:
+        """In the dtype of `[B, N, C]` tokens."""
+        return ops.norm_modulate(x, self.kind, self.weight, self.bias, self.eps, None, None, x.dtype)
+
+
+@dataclass(frozen=True)
+class SelfAttention:
+    """Attention among tokens; queries and keys may be normed across all heads, and rotated."""
+
+    qkv: PackedLinear
+    norms: tuple[TokenNorm | None, TokenNorm | None]
+    out: PackedLinear
+    heads: int
+    precision: str
+
+    def __call__(self, h: Tensor, h_scale: Tensor | None, gate: Tensor, x: Tensor, around: Surroundings) -> Tensor:
+        q, k, v = self.qkv(h, x_scale=h_scale).chunk(3, dim=2)
+        q, k = (t if norm is None else norm.plain(t) for t, norm in zip((q, k), self.norms, strict=True))
+        q, k, v = (t.unflatten(2, (self.heads, -1)) for t in (q, k, v))
+        if around.rotation is not None:
+            q, k = (_rotated(t, *around.rotation) for t in (q, k))
+        h = ops.attention(q, k, v, None, None, q.shape[-1] ** -0.5, self.precision)
+        return self.out(h.flatten(2), gate=gate, residual=x, out_dtype=torch.float32)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns pairs of neighbours of `[B, N, H, D]`."""
+    shape = x.shape
+    if cos.shape[-1] != shape[3]:  # every head has its own angles: each is a token of its own
+        x = x.view(shape[0], -1, 1, shape[3])
+        cos, sin = (t.view(shape[0], -1, shape[3]) for t in (cos, sin))
+    return ops.qk_norm_rope(x, None, None, cos, sin, True, x.dtype).view(shape)
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """Attention of tokens to a context whose keys and values are computed once."""
+
+    norm: TokenNorm | None
+    q: PackedLinear
+    kv: PackedLinear
+    norms: tuple[TokenNorm | None, TokenNorm | None]
+    out: PackedLinear
+    heads: int
+    precision: str
+
+    def encode(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, M, C]`."""
+        k, v = self.kv(context).chunk(2, dim=2)
+        return k if self.norms[1] is None else self.norms[1].plain(k), v
+
+    def __call__(self, x: Tensor, k: Tensor, v: Tensor, around: Surroundings) -> Tensor:
+        h, h_scale = (x, None) if self.norm is None else self.norm(x, self.q)
+        q = self.q(h, x_scale=h_scale)
+        q = q if self.norms[0] is None else self.norms[0].plain(q)
+        q, k, v = (t.unflatten(2, (self.heads, -1)) for t in (q, k, v))
+        h = ops.attention(q, k, v, around.bias, None, q.shape[-1] ** -0.5, self.precision)
+        return self.out(h.flatten(2), residual=x, out_dtype=torch.float32)
+
+
+class Feed(Protocol):
+    """What follows attention. `first` is the product that it starts with."""
+
+    first: PackedLinear
+
+    def __call__(self, h: Tensor, h_scale: Tensor | None, gate: Tensor, x: Tensor, around: Surroundings) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Two linear layers around an activation."""
+
+    first: PackedLinear
+    second: PackedLinear
+    activation: str
+
+    def __call__(self, h: Tensor, h_scale: Tensor | None, gate: Tensor, x: Tensor, around: Surroundings) -> Tensor:
+        h = self.first(h, activation=self.activation, x_scale=h_scale)
+        return self.second(h, gate=gate, residual=x, out_dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class ContextBlock:
+    """Attention among tokens, attention to the context, and what follows, each added to the tokens in float32."""
+
+    norms: tuple[TokenNorm, TokenNorm]
+    attend: SelfAttention
+    cross: CrossAttention
+    feed: Feed
+
+    def __call__(self, x: Tensor, six: list[Tensor], k: Tensor, v: Tensor, around: Surroundings) -> Tensor:
+        """`[B, N, C]` tokens, and shift, scale and gate `[B, C]` of attention, then of what follows."""
+        shift, scale, gate, shift_feed, scale_feed, gate_feed = six
+        x = self.attend(*self.norms[0](x, self.attend.qkv, shift, scale), gate, x, around)
+        x = self.cross(x, k, v, around)
+        return self.feed(*self.norms[1](x, self.feed.first, shift_feed, scale_feed), gate_feed, x, around)
+
+
+def pack_norm(name: str, norm: nn.Module | None) -> TokenNorm | None:
+    """Reads a norm of tokens; None for one that does nothing."""
+    if norm is None or type(norm) is nn.Identity:
+        return None
+    kind = type(norm).__name__
+    require(kind in _NORMS and norm.eps is not None, f"{name} is a {kind}")
+    return TokenNorm(_NORMS[kind], as_float(norm.weight), as_float(getattr(norm, "bias", None)), norm.eps)
+
+
+def pack_self(packer: Packer, name: str, attention: nn.Module) -> SelfAttention:
+    """Packs attention among tokens."""
+    qkv = packer.linear(f"{name}.qkv", attention.to_q, attention.to_k, attention.to_v)
+    out = packer.linear(f"{name}.to_out.0", attention.to_out[0])
+    return SelfAttention(qkv, _pack_norms(name, attention), out, attention.heads, packer.mode.attention)
+
+
+def pack_cross(packer: Packer, name: str, attention: nn.Module, norm: TokenNorm | None) -> CrossAttention:
+    """Packs attention to a context; `norm` stands before its queries."""
+    q = packer.linear(f"{name}.to_q", attention.to_q)
+    kv = packer.linear(f"{name}.kv", attention.to_k, attention.to_v, spare=ONCE)
+    out = packer.linear(f"{name}.to_out.0", attention.to_out[0])
+    norms = _pack_norms(name, attention)
+    return CrossAttention(norm, q, kv, norms, out, attention.heads, packer.mode.attention)
+
+
+def _pack_norms(name: str, attention: nn.Module) -> tuple[TokenNorm | None, TokenNorm | None]:
+    width = attention.to_q.out_features
+    same = attention.to_k.out_features == attention.to_v.out_features == width
+    require(same, f"{name} shares keys among heads")
+    norms = tuple(getattr(attention, part, None) for part in ("norm_q", "norm_k"))
+    for norm in norms:
+        weight = getattr(norm, "weight", None)
+        require(weight is None or weight.shape == (width,), f"{name} norms every head by itself")
+    return pack_norm(f"{name}.norm_q", norms[0]), pack_norm(f"{name}.norm_k", norms[1])
+
+
+def pack_feed_forward(packer: Packer, name: str, feed: nn.Module) -> FeedForward:
+    """Packs a `FeedForward` of two layers."""
+    kind, approximate = type(feed.net[0]).__name__, getattr(feed.net[0], "approximate", None)
+    require(kind in ("GELU", "GEGLU"), f"{name} is a {kind}")
+    activation = "geglu" if kind == "GEGLU" else {"tanh": "gelu_tanh", "none": "gelu"}[approximate]
+    first = packer.linear(f"{name}.net.0.proj", feed.net[0].proj, pairs=kind == "GEGLU")
+    return FeedForward(first, packer.linear(f"{name}.net.2", feed.net[2]), activation)
