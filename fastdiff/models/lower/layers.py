@@ -111,14 +111,14 @@ class Packer:
         self, name: str, *linears: nn.Linear, pairs: bool = False, spare: str = "", precise: str = ""
     ) -> PackedLinear:
         """Linear layers that share an input, next to each other. A convolution over patches that don't overlap is one
-        over patches `[C, p, p]`, 1 x 1 included.
+        over patches `[C, p, p]` or `[C, 1, p, p]`, 1 x 1 included.
 
         pairs    the halves of the output are a value and its gate (GEGLU)
         spare    why the weights stay in floating point, in a mode that quantizes
         precise  why the weights are float32, in every mode
         """
         for layer in linears:
-            _check_plain(name, layer, nn.Conv2d if _is_patchwise(layer) else nn.Linear)
+            _check_plain(name, layer, type(layer) if _is_patchwise(layer) else nn.Linear)
         device = "meta" if self._dry else "cpu"
         weight = torch.cat([layer.weight.detach().to(device).float().flatten(1) for layer in linears])
         bias = _joined_bias(linears)
@@ -200,9 +200,9 @@ class Packer:
 
 def _is_patchwise(layer: nn.Module) -> bool:
     """Whether a layer is a convolution that sees every pixel once."""
-    if not isinstance(layer, nn.Conv2d):
+    if type(layer) not in (nn.Conv2d, nn.Conv3d):
         return False
-    return layer.kernel_size == layer.stride and layer.padding == (0, 0) and layer.groups == 1
+    return layer.kernel_size == layer.stride and not any(layer.padding) and layer.groups == 1
 
 
 def _check_plain(name: str, layer: nn.Module, expected: type) -> None:

@@ -1,0 +1,117 @@
+"""Wan (Wan et al. 2025), text to video: diffusers' `WanTransformer3DModel`."""
+
+import torch
+from torch import nn
+
+from fastdiff.models.lower.attention_checks import check_attention
+from fastdiff.models.lower.context import FLOATS, pack_caption, read_text
+from fastdiff.models.lower.context_block import (
+    ContextBlock,
+    Surroundings,
+    pack_cross,
+    pack_feed_forward,
+    pack_norm,
+    pack_self,
+)
+from fastdiff.models.lower.layers import Packer
+from fastdiff.models.lower.lowered import Call, only_defaults, require, rows_of_time
+from fastdiff.models.lower.patches import patchify, unpatchify
+from fastdiff.models.lower.structure import Structure
+from fastdiff.models.lower.trunk import FIRST, LAST, Trunk, modulations, wrap_output
+from fastdiff.temporal import TemporalTable
+
+Tensor = torch.Tensor
+
+
+class LoweredWan:
+    """A Wan transformer in packed weights.
+
+    Patches span one frame, so that a video is an image whose frames lie below each other.
+    """
+
+    def __init__(self, module: nn.Module, packer: Packer, exact_time: bool) -> None:
+        self.record = packer.record
+        self._module = module
+        self._structure = Structure(module)
+        self._patch = module.patch_embedding.kernel_size[1]
+        self._rotations: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._embed = packer.linear("patch_embedding", module.patch_embedding, precise=FIRST)
+        embedder = module.condition_embedder
+        self._text_width = embedder.text_embedder.linear_1.in_features
+        caption = pack_caption(packer, "condition_embedder.text_embedder", embedder.text_embedder)
+        packed = tuple(_pack_block(packer, f"blocks.{i}", block) for i, block in enumerate(module.blocks))
+        self._trunk = Trunk(caption, None, packed, module.norm_out.eps)
+        self._final = packer.linear("proj_out", module.proj_out, precise=LAST)
+        self.temporal = TemporalTable(self._modulations, exact=exact_time)
+        packer.record.add("condition_embedder.time_*", "temporal table", "depends on the timestep only")
+
+    def read(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict | None = None,
+    ) -> Call:
+        """The arguments of diffusers' forward."""
+        self._structure.check()
+        only_defaults(encoder_hidden_states_image=encoder_hidden_states_image, attention_kwargs=attention_kwargs)
+        require(not isinstance(timestep, Tensor) or timestep.dim() < 2, "a timestep per token is not lowered")
+        sample, channels = hidden_states, self._module.patch_embedding.in_channels
+        require(sample.dim() == 5 and sample.shape[1] == channels, f"sample: [B, {channels}, F, H, W] is needed")
+        require(sample.dtype in FLOATS, f"sample is {sample.dtype}")
+        require(all(n % self._patch == 0 for n in sample.shape[3:]), f"sizes are not multiples of {self._patch}")
+        longest = self._module.rope.max_seq_len
+        require(max(self._grid(sample)) <= longest, f"more than {longest} positions along one side")
+        rows = sample.shape[0]
+        text = read_text(encoder_hidden_states, None, rows, self._text_width)
+        return Call(sample, (rows_of_time(timestep, rows),), text, wrap_output(self._module, return_dict))
+
+    def prepare(self, call: Call) -> None:
+        grid = self._grid(call.sample)
+        if grid not in self._rotations:
+            cos, sin = self._module.rope(call.sample[:1])
+            self._rotations = {grid: (cos[0, :, 0].float(), sin[0, :, 0].float())}  # programs keep what they read
+
+    def encode(self, text: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values of every block."""
+        return self._trunk.encode(text)
+
+    def body(self, sample: Tensor, rows: Tensor, *encoded: Tensor) -> Tensor:
+        """`[B, C, F, H, W]`, the modulations and the encoded text to `[B, C', F, H, W]` in the sample's dtype."""
+        frames, h, w = grid = self._grid(sample)
+        tall = sample.flatten(2, 3)
+        around = Surroundings(None, self._rotations[grid], (frames * h, w))
+        x = self._embed(patchify(tall, self._patch), out_dtype=torch.float32)
+        x = self._final(self._trunk(x, rows, encoded, around), out_dtype=torch.float32)
+        return unpatchify(x, self._patch, tall.shape[2:], sample.dtype).unflatten(2, (frames, -1))
+
+    def _grid(self, sample: Tensor) -> tuple[int, int, int]:
+        return sample.shape[2], sample.shape[3] // self._patch, sample.shape[4] // self._patch
+
+    def _modulations(self, t: Tensor) -> Tensor:
+        module, embedder = self._module, self._module.condition_embedder
+        features = embedder.timesteps_proj(t).to(embedder.time_embedder.linear_1.weight.dtype)
+        embedded = embedder.time_embedder(features).to(embedder.time_proj.weight.dtype)
+        return modulations(module.blocks, module, embedder.time_proj(embedder.act_fn(embedded)), embedded)
+
+
+def lower_wan(module: nn.Module, packer: Packer, exact_time: bool) -> LoweredWan:
+    """Packs a Wan transformer. Raises UnsupportedError for those that look at an image too, or at several frames at once."""
+    require(module.condition_embedder.image_embedder is None, "models with an image embedder are not lowered")
+    frames, *patch = module.patch_embedding.kernel_size
+    require(frames == 1 and len(set(patch)) == 1, f"patches of {module.patch_embedding.kernel_size} are not lowered")
+    for i, block in enumerate(module.blocks):
+        require(type(block).__name__ == "WanTransformerBlock", f"blocks.{i} is a {type(block).__name__}")
+        for part in ("attn1", "attn2"):
+            check_attention(f"blocks.{i}.{part}", getattr(block, part), {"WanAttnProcessor"})
+    return LoweredWan(module, packer, exact_time)
+
+
+def _pack_block(packer: Packer, name: str, block: nn.Module) -> ContextBlock:
+    # its norm2 stands before attention to the context
+    norms = pack_norm(f"{name}.norm1", block.norm1), pack_norm(f"{name}.norm3", block.norm3)
+    attend = pack_self(packer, f"{name}.attn1", block.attn1)
+    cross = pack_cross(packer, f"{name}.attn2", block.attn2, pack_norm(f"{name}.norm2", block.norm2))
+    return ContextBlock(norms, attend, cross, pack_feed_forward(packer, f"{name}.ffn", block.ffn))
