@@ -29,13 +29,13 @@ def check_levels(levels: Sequence[Level]) -> None:
         )
 
 
-def check_history(levels: Sequence[Level], history: str) -> None:
-    """Raises ValueError where a step starts at a level that this type of prediction cannot leave."""
+def check_history(levels: Sequence[Level], history: str, exact: frozenset[str]) -> None:
+    """Raises ValueError where a step starts at a level that this type of prediction cannot leave and still be `exact`."""
     if history == "data" and any(level.sigma == 0.0 for level in levels[:-1]):
         raise ValueError(
             "noise levels: a step of a solver with a data history cannot start at zero noise; begin slightly above"
         )
-    if history == "noise" and any(level.alpha <= _NO_SIGNAL * level.sigma for level in levels):
+    if history == "noise" and "data" in exact and any(level.alpha <= _NO_SIGNAL * level.sigma for level in levels):
         raise ValueError(
             "noise levels: a solver with a noise history cannot start at alpha = 0; use one with a data history "
             "(ddim, dpmpp-2m, unipc) or start below the terminal noise level"

@@ -14,8 +14,8 @@ _EXACT = frozenset({"data", "noise", "mean"})
 
 
 def transfer(at: Level, to: Level) -> tuple[float, float]:
-    """(A, E) of the DDIM transfer x' = A x + E noise (Liu et al. 2022, eq. 11)."""
-    A = to.alpha / at.alpha
+    """(A, E) of the DDIM transfer x' = A x + E noise (Liu et al. 2022, eq. 11); without a signal the data count as zero."""
+    A = to.alpha / at.alpha if at.alpha else 0.0
     return A, to.sigma - at.sigma * A
 
 

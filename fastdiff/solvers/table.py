@@ -78,7 +78,7 @@ def compile_table(
     Raises ValueError when the levels are fewer than two or not monotonic.
     """
     check_levels(levels)
-    check_history(levels, solver.history)
+    check_history(levels, solver.history, solver.exact)
     rows = solver.rows(list(levels), process, **solver.options)
     conversions = [convert(prediction, solver.history, row.at) for row in rows]
     c_in = np.array([process.input_scale(row.at) for row in rows])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastdiff.process import Flow, Level, VPDiscrete
+from fastdiff.process import Flow, Level, TrigFlow, VPDiscrete
 from fastdiff.solvers.row import choose
 from fastdiff.solvers.spacing_tables import beta_quantile
 
@@ -80,6 +80,14 @@ class LogSigmaVP(VPDiscrete):
         t = np.interp(lam, table, np.arange(table.size))
         low, high = table[1] - table[0], table[-1] - table[-2]
         return t + np.minimum(lam - table[0], 0.0) / low + np.maximum(lam - table[-1], 0.0) / high
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitTrigFlow(TrigFlow):
+    """TrigFlow whose model receives the angle in quarter turns, 0 to 1."""
+
+    def model_time(self, t):
+        return np.asarray(t, dtype=np.float64) / (np.pi / 2)
 
 
 def vp_level(t: float, product: float) -> Level:

@@ -5,13 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from fastdiff.process import Flow, Process, VPDiscrete
+from fastdiff.solvers.compat import grids
 from fastdiff.solvers.compat import sigmas as sigma_based
 from fastdiff.solvers.compat import steps as step_based
+from fastdiff.solvers.compat.deis import deis
 from fastdiff.solvers.compat.steps import Setup
 from fastdiff.solvers.consistency import LCM, TCD
 from fastdiff.solvers.deis import LMS
 from fastdiff.solvers.first_order import DDIM, DDPM, EULER, EULER_ANCESTRAL, FLOW_EULER
 from fastdiff.solvers.heun import DPM2, DPM2_A, FLOW_HEUN, HEUN
+from fastdiff.solvers.row import choose
 
 
 def diffusers_setup(
@@ -22,18 +25,22 @@ def diffusers_setup(
     eta: float | None = None,
     mu: float | None = None,
     sigmas: Sequence[float] | None = None,
+    precision: str = "stock",
 ) -> Setup:
     """Our solver, process, levels and prediction type for a diffusers scheduler class and its config.
 
     config  as in scheduler_config.json; absent entries have diffusers' defaults for that class
     eta     the argument of the same name of `step` (DDIM, TCD); mu, sigmas  those of `set_timesteps` (FlowMatch)
+    precision  "stock": as the class computes, in float32 where that loses digits (DEIS's weights, IPNDM's levels); "float64":
+               as its formulas mean it
 
     Raises ValueError, with the reason, for classes and settings that are not affine or not known.
     """
     if class_name not in _CLASSES:
         raise ValueError(f"diffusers_setup: unknown class {class_name!r}; known are {', '.join(_CLASSES)}")
     build, defaults = _CLASSES[class_name]
-    config = {**defaults, **config}
+    choose("precision", precision, ("stock", "float64"))
+    config = {**defaults, **config, "precision": precision}
     for name in ("thresholding", "invert_sigmas", "use_lu_lambdas"):
         if config.get(name):
             raise ValueError(
@@ -51,6 +58,8 @@ def diffusers_setup(
 def process_of(config: Mapping[str, object]) -> Process:
     """The noise process that a scheduler config trains or samples: its `_class_name` and its betas."""
     name = str(config.get("_class_name", "DDPMScheduler"))
+    if name == "IPNDMScheduler":
+        return grids.UnitTrigFlow()
     config = {**(_CLASSES[name][1] if name in _CLASSES else {}), **config}
     if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
         return Flow(time_scale=float(config.get("num_train_timesteps", 1000)))
@@ -86,6 +95,7 @@ _CLASSES: dict[str, tuple[Callable[..., Setup], Mapping]] = {
     "DDIMInverseScheduler": (step_based.inverse_ladder, _STEP),
     "DDPMScheduler": (_ddpm, _STEP),
     "DDPMParallelScheduler": (_ddpm, _STEP),
+    "IPNDMScheduler": (step_based.ipndm, {}),
     "PNDMScheduler": (step_based.plms, {**_LADDER, "skip_prk_steps": False, "set_alpha_to_one": False}),
     "LCMScheduler": (partial(step_based.consistency, solver=LCM), _LCM),
     "TCDScheduler": (partial(step_based.consistency, solver=TCD), _LCM),
@@ -104,7 +114,7 @@ _CLASSES: dict[str, tuple[Callable[..., Setup], Mapping]] = {
         {**_DPM, **_ROUNDS, "lower_order_final": False, "fixed_spacing": "linspace"},
     ),
     "DEISMultistepScheduler": (
-        partial(sigma_based.exponential_ladder, solver=sigma_based.deis, last="repeat"),
+        partial(sigma_based.exponential_ladder, solver=deis, last="repeat"),
         {**_DPM, **_ROUNDS},
     ),
     "UniPCMultistepScheduler": (

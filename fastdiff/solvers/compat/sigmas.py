@@ -105,18 +105,6 @@ def dpm(config: Mapping, times: np.ndarray) -> Solver:
     return Solver(kind, partial(dpm_rows, **options), order=order, history=options["history"])
 
 
-def deis(config: Mapping, times: np.ndarray) -> Solver:
-    """DEIS in diffusers interpolates in log kappa: exact exponential Adams on noise predictions."""
-    below = 15 if config["lower_order_final"] else 0
-    options = {
-        "order": int(config["solver_order"]),
-        "solver_type": "heun",
-        "third": "exact",
-        "lower_order_below": below,
-    }
-    return Solver("deis", partial(dpm_rows, history="noise", **options), order=options["order"], history="noise")
-
-
 def unipc(config: Mapping, times: np.ndarray) -> Solver:
     return UNIPC.with_options(
         order=int(config["solver_order"]),

@@ -1,5 +1,6 @@
 """Diffusers' schedulers on training steps (DDIM, DDPM, PNDM, LCM, TCD) as our rows and levels."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from fastdiff.process import Level, Process, VPDiscrete
 from fastdiff.solvers.compat import grids
 from fastdiff.solvers.consistency import LCM, TCD
 from fastdiff.solvers.first_order import DDIM
-from fastdiff.solvers.pndm import PLMS
+from fastdiff.solvers.pndm import IPNDM, PLMS
 from fastdiff.solvers.row import Row, Solver, choose
 from fastdiff.solvers.table import SolverTable, compile_table
 
@@ -130,6 +131,22 @@ def plms(config: Mapping, steps: int) -> Setup:
     final = 1.0 if config.get("set_alpha_to_one") else float(products[0])
     levels = [grids.vp_level(float(t), float(products[t])) for t in times] + [grids.vp_level(0.0, final)]
     return Setup(PLMS, VPDiscrete(alphas_cumprod=products), levels, prediction_of(config))
+
+
+def ipndm(config: Mapping, steps: int) -> Setup:
+    """IPNDM of a network that predicts v at angles from a quarter turn to 0, sigma = sin(pi s / 2)^2 at s = 1 ... 0."""
+    if config.get("trained_betas") is not None:
+        raise ValueError("diffusers_setup: IPNDM takes trained_betas as sigmas of its steps; use from_scheduler")
+    dtype = torch.float32 if config["precision"] == "stock" else torch.float64
+    sigmas = torch.sin(torch.linspace(1, 0, steps + 1).to(dtype) * math.pi / 2) ** 2
+    alphas = (1.0 - sigmas**2) ** 0.5
+    times = torch.atan2(sigmas, alphas) / math.pi * 2
+    levels = [
+        Level(0.5 * math.pi * t, alpha, sigma, t)
+        for t, alpha, sigma in zip(times.tolist(), alphas.tolist(), sigmas.tolist(), strict=True)
+    ]
+    # its first state has no signal, and it puts zeros for the data there: no longer exact on constant data
+    return Setup(replace(IPNDM, exact=IPNDM.exact - {"data"}), grids.UnitTrigFlow(), levels, "v")
 
 
 def consistency(config: Mapping, steps: int, *, solver: Solver, eta: float = 0.3) -> Setup:
