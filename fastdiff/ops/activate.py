@@ -71,6 +71,15 @@ def _(x, kind):
     return out
 
 
+@activate.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=refuse_rows)
+def _(x, kind):
+    from fastdiff.kernels.activate import activate_triton
+
+    out = memory.empty(x.shape, x.dtype, x.device)
+    activate_triton(out, x, kind, False, row_stride(x))
+    return out
+
+
 @activate.sample
 def _(device):
     generator = torch.Generator().manual_seed(0)

@@ -3,7 +3,14 @@
 import torch
 
 from fastdiff.ops import memory, native
-from fastdiff.ops.norm_modulate import check_norm, norm_samples, normalize, refuse_norm, run_norm
+from fastdiff.ops.norm_modulate import (
+    check_norm,
+    norm_samples,
+    normalize,
+    refuse_norm,
+    refuse_norm_triton,
+    run_norm,
+)
 from fastdiff.ops.promote import FLOATS, result_dtype, widen
 from fastdiff.ops.registry import op
 
@@ -55,6 +62,19 @@ def _refuse(x, y, gate, kind, weight, bias, eps, shift, scale, out_dtype) -> str
 def _(x, y, gate, kind, weight, bias, eps, shift, scale, out_dtype):
     total, out = memory.empty(x.shape, x.dtype), memory.empty(x.shape, out_dtype)
     run_norm(out, None, total, x, y, gate, kind, weight, bias, eps, shift, scale)
+    return total, out
+
+
+def _refuse_triton(x, y, gate, kind, weight, bias, eps, shift, scale, out_dtype) -> str | None:
+    return refuse_norm_triton(x, weight, bias, shift, scale) or refuse_norm(y, gate, None, None, None)
+
+
+@gated_norm_modulate.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=_refuse_triton)
+def _(x, y, gate, kind, weight, bias, eps, shift, scale, out_dtype):
+    from fastdiff.kernels.norm_modulate import norm_modulate_triton
+
+    total, out = memory.empty(x.shape, x.dtype, x.device), memory.empty(x.shape, out_dtype, x.device)
+    norm_modulate_triton(out, None, total, x, y, gate, kind, weight, bias, eps, shift, scale)
     return total, out
 
 

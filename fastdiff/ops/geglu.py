@@ -6,6 +6,7 @@ from fastdiff.ops import memory, native
 from fastdiff.ops.activate import ACTIVATIONS, refuse_rows, run_activate
 from fastdiff.ops.promote import FLOATS, widen
 from fastdiff.ops.registry import op
+from fastdiff.ops.rows import row_stride
 
 KINDS = {"geglu": "gelu", "geglu_tanh": "gelu_tanh", "swiglu": "silu"}
 
@@ -35,6 +36,15 @@ def geglu(x: torch.Tensor, kind: str) -> torch.Tensor:
 def _(x, kind):
     out = memory.empty((*x.shape[:-1], x.shape[-1] // 2), x.dtype)
     run_activate(out, x, KINDS[kind], True)
+    return out
+
+
+@geglu.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=refuse_rows)
+def _(x, kind):
+    from fastdiff.kernels.activate import activate_triton
+
+    out = memory.empty((*x.shape[:-1], x.shape[-1] // 2), x.dtype, x.device)
+    activate_triton(out, x, KINDS[kind], True, row_stride(x))
     return out
 
 

@@ -127,6 +127,31 @@ def _(x, kind, weight, bias, eps, shift, scale, out_dtype):
     return out
 
 
+def refuse_norm_triton(x, weight, bias, shift, scale) -> str | None:
+    """Why the Triton kernel cannot run, or None."""
+    from fastdiff.kernels.row_blocks import MAX_COLUMNS
+
+    if x.shape[2] > MAX_COLUMNS:
+        return f"rows of at most {MAX_COLUMNS} channels stay in registers, got {x.shape[2]}"
+    return refuse_norm(x, weight, bias, shift, scale)
+
+
+@norm_modulate.variant(
+    "triton",
+    devices=("cuda",),
+    missing=native.triton_missing,
+    refuse=lambda x, kind, weight, bias, eps, shift, scale, out_dtype: refuse_norm_triton(
+        x, weight, bias, shift, scale
+    ),
+)
+def _(x, kind, weight, bias, eps, shift, scale, out_dtype):
+    from fastdiff.kernels.norm_modulate import norm_modulate_triton
+
+    out = memory.empty(x.shape, out_dtype, x.device)
+    norm_modulate_triton(out, None, None, x, None, None, kind, weight, bias, eps, shift, scale)
+    return out
+
+
 def norm_samples(device):
     """Calls (x, kind, weight, bias, eps, shift, scale) for this op and those made of it."""
     generator = torch.Generator().manual_seed(0)

@@ -3,7 +3,14 @@
 import torch
 
 from fastdiff.ops import memory, native
-from fastdiff.ops.norm_modulate import check_norm, norm_samples, normalize, refuse_norm, run_norm
+from fastdiff.ops.norm_modulate import (
+    check_norm,
+    norm_samples,
+    normalize,
+    refuse_norm,
+    refuse_norm_triton,
+    run_norm,
+)
 from fastdiff.ops.quantize_rows import row_codes
 from fastdiff.ops.registry import op
 
@@ -40,6 +47,21 @@ def norm_modulate_int8(
 def _(x, kind, weight, bias, eps, shift, scale):
     codes, scales = memory.empty(x.shape, torch.int8), memory.empty(x.shape[:2], torch.float32)
     run_norm(codes, scales, None, x, None, None, kind, weight, bias, eps, shift, scale)
+    return codes, scales
+
+
+@norm_modulate_int8.variant(
+    "triton",
+    devices=("cuda",),
+    missing=native.triton_missing,
+    refuse=lambda x, kind, weight, bias, eps, shift, scale: refuse_norm_triton(x, weight, bias, shift, scale),
+)
+def _(x, kind, weight, bias, eps, shift, scale):
+    from fastdiff.kernels.norm_modulate import norm_modulate_triton
+
+    codes = memory.empty(x.shape, torch.int8, x.device)
+    scales = memory.empty(x.shape[:2], torch.float32, x.device)
+    norm_modulate_triton(codes, scales, None, x, None, None, kind, weight, bias, eps, shift, scale)
     return codes, scales
 
 

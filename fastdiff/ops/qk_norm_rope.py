@@ -102,6 +102,15 @@ def _(x, weight, eps, cos, sin, interleaved, out_dtype):
     return out
 
 
+@qk_norm_rope.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=_refuse)
+def _(x, weight, eps, cos, sin, interleaved, out_dtype):
+    from fastdiff.kernels.qk_norm_rope import qk_norm_rope_triton
+
+    out = memory.empty(x.shape, out_dtype, x.device)
+    qk_norm_rope_triton(out, x, weight, eps, cos, sin, interleaved)
+    return out
+
+
 @qk_norm_rope.sample
 def _(device):
     generator = torch.Generator().manual_seed(0)

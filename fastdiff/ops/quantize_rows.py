@@ -38,7 +38,9 @@ def row_codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
     largest = torch.where(largest < math.inf, largest, math.nan)  # NaN compares as false
-    inverse = torch.where(largest == 0, 0.0, torch.full_like(largest, 127) / largest)  # 127 / largest multiplies a reciprocal
+    inverse = torch.where(
+        largest == 0, 0.0, torch.full_like(largest, 127) / largest
+    )  # 127 / largest multiplies a reciprocal
     codes = torch.round(x * inverse).clamp(-127, 127).nan_to_num(0.0).to(torch.int8)
     return codes.contiguous(), (largest * _ONE_127TH).squeeze(-1).contiguous()
 
@@ -61,6 +63,16 @@ def _(x):
             K,
             row_stride(x),
         )
+    return codes, scales
+
+
+@quantize_rows.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=_refuse)
+def _(x):
+    from fastdiff.kernels.quantize_rows import quantize_rows_triton
+
+    codes = memory.empty(x.shape, torch.int8, x.device)
+    scales = memory.empty(x.shape[:-1], torch.float32, x.device)
+    quantize_rows_triton(codes, scales, x, row_stride(x))
     return codes, scales
 
 
