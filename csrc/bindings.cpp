@@ -23,6 +23,7 @@ void bind_philox_normal(py::module_&);
 void bind_program(py::module_&);
 void bind_qk_norm_rope(py::module_&);
 void bind_quantize_rows(py::module_&);
+void bind_quantize_static(py::module_&);
 void bind_resample(py::module_&);
 void bind_solver_step(py::module_&);
 
@@ -52,6 +53,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_program(m);
   bind_qk_norm_rope(m);
   bind_quantize_rows(m);
+  bind_quantize_static(m);
   bind_resample(m);
   bind_solver_step(m);
   m.def("stream_triad", &stream_triad_cpu);

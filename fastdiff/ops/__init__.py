@@ -10,6 +10,7 @@ from fastdiff.ops.geglu import geglu
 from fastdiff.ops.gram import gram
 from fastdiff.ops.group_norm import group_norm
 from fastdiff.ops.group_norm_nchw import group_norm_nchw
+from fastdiff.ops.join_heads import join_heads
 from fastdiff.ops.linear import linear
 from fastdiff.ops.linear_w4a8 import linear_w4a8
 from fastdiff.ops.linear_w4a16 import linear_w4a16
@@ -20,6 +21,7 @@ from fastdiff.ops.norm_modulate_int8 import norm_modulate_int8
 from fastdiff.ops.philox_normal import philox_normal
 from fastdiff.ops.qk_norm_rope import qk_norm_rope
 from fastdiff.ops.quantize_rows import quantize_rows
+from fastdiff.ops.quantize_static import quantize_static
 from fastdiff.ops.registry import OPS, Op, backend
 from fastdiff.ops.resample import resample
 from fastdiff.ops.solver_step import solver_step
@@ -39,6 +41,7 @@ __all__ = [
     "gram",
     "group_norm",
     "group_norm_nchw",
+    "join_heads",
     "linear",
     "linear_w4a8",
     "linear_w4a16",
@@ -49,6 +52,7 @@ __all__ = [
     "philox_normal",
     "qk_norm_rope",
     "quantize_rows",
+    "quantize_static",
     "resample",
     "solver_step",
 ]
