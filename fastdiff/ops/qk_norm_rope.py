@@ -69,8 +69,9 @@ def _turned(y: torch.Tensor, interleaved: bool) -> torch.Tensor:
     return torch.cat([-b, a], dim=-1)
 
 
-def _refuse(x, weight, eps, cos, sin, interleaved, out_dtype) -> str | None:
-    for value in (x, weight, cos, sin):
+def refuse_heads(*values: torch.Tensor | None) -> str | None:
+    """Why the C++ kernel cannot run, or None."""
+    for value in values:
         if value is not None and value.stride(-1) != 1 and value.shape[-1] > 1:
             return "the elements of a head must lie one after another"
     return None
@@ -84,13 +85,12 @@ def _rows(value: torch.Tensor | None) -> tuple[int, int, int, int, int]:
     return value.data_ptr(), native.TYPE_CODES[value.dtype], sample, token, head
 
 
-@qk_norm_rope.variant("cpu", devices=("cpu",), missing=native.cpu_missing, refuse=_refuse)
-def _(x, weight, eps, cos, sin, interleaved, out_dtype):
-    out = memory.empty(x.shape, out_dtype)
+def run_heads(out, x, weight, eps, cos, sin, interleaved) -> None:
+    """Runs the kernel on a contiguous result with as many elements as x."""
     if out.numel():
         native.cpu().qk_norm_rope(
             out.data_ptr(),
-            native.TYPE_CODES[out_dtype],
+            native.TYPE_CODES[out.dtype],
             _rows(x),
             _rows(weight),
             _rows(cos),
@@ -99,6 +99,16 @@ def _(x, weight, eps, cos, sin, interleaved, out_dtype):
             -1.0 if eps is None else eps,
             interleaved,
         )
+
+
+def _refuse(x, weight, eps, cos, sin, interleaved, out_dtype) -> str | None:
+    return refuse_heads(x, weight, cos, sin)
+
+
+@qk_norm_rope.variant("cpu", devices=("cpu",), missing=native.cpu_missing, refuse=_refuse)
+def _(x, weight, eps, cos, sin, interleaved, out_dtype):
+    out = memory.empty(x.shape, out_dtype)
+    run_heads(out, x, weight, eps, cos, sin, interleaved)
     return out
 
 
