@@ -156,6 +156,16 @@ def _(x, x2, groups, weight, bias, eps, activation, scale, shift, out_scale, out
     return out
 
 
+@group_norm.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=_refuse)
+def _(x, x2, groups, weight, bias, eps, activation, scale, shift, out_scale, out_dtype):
+    from fastdiff.kernels.group_norm import group_norm_triton
+
+    B, H, W, C1 = x.shape
+    out = memory.empty((B, H, W, C1 + (0 if x2 is None else x2.shape[3])), out_dtype, x.device)
+    group_norm_triton(out, x, x2, True, groups, weight, bias, eps, activation, scale, shift, out_scale)
+    return out
+
+
 def images(device):
     """Calls (x, C2, groups, weight, bias, eps, activation, scale, shift) with x [B, H, W, C1 + C2] for both layouts."""
     generator = torch.Generator().manual_seed(0)

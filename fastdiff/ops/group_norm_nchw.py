@@ -55,6 +55,15 @@ def _(x, groups, weight, bias, eps, activation, scale, shift, out_scale, out_dty
     return out
 
 
+@group_norm_nchw.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=_refuse)
+def _(x, groups, weight, bias, eps, activation, scale, shift, out_scale, out_dtype):
+    from fastdiff.kernels.group_norm import group_norm_triton
+
+    out = memory.empty(x.shape, out_dtype, x.device)
+    group_norm_triton(out, x, None, False, groups, weight, bias, eps, activation, scale, shift, out_scale)
+    return out
+
+
 @group_norm_nchw.sample
 def _(device):
     for k, (x, _, groups, *rest) in enumerate(images(device)):
