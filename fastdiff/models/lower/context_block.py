@@ -8,12 +8,11 @@ from torch import nn
 
 from fastdiff import ops
 from fastdiff.models.lower.context import ONCE
+from fastdiff.models.lower.heads import TokenNorm, pack_norm
 from fastdiff.models.lower.layers import PackedLinear, Packer
 from fastdiff.models.lower.lowered import require
-from fastdiff.models.lower.unet_blocks import as_float
 
 Tensor = torch.Tensor
-_NORMS = {"LayerNorm": "layer", "FP32LayerNorm": "layer", "RMSNorm": "rms"}
 
 
 @dataclass(frozen=True)
@@ -28,29 +27,6 @@ class Surroundings:
     bias: Tensor | None
     rotation: tuple[Tensor, Tensor] | None
     grid: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class TokenNorm:
-    """Norm of every token, modulated."""
-
-    kind: str
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-
-    def __call__(
-        self, x: Tensor, into: PackedLinear, shift: Tensor | None = None, scale: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """In the stream, or as codes and their scales where the product that follows wants codes."""
-        affine = (self.kind, self.weight, self.bias, self.eps, shift, scale)
-        if into.scale is not None:
-            return ops.norm_modulate_int8(x, *affine)
-        return ops.norm_modulate(x, *affine, into.stream), None
-
-    def plain(self, x: Tensor) -> Tensor:
-        """In the dtype of `[B, N, C]` tokens."""
-        return ops.norm_modulate(x, self.kind, self.weight, self.bias, self.eps, None, None, x.dtype)
 
 
 @dataclass(frozen=True)
@@ -117,19 +93,6 @@ class Feed(Protocol):
 
 
 @dataclass(frozen=True)
-class FeedForward:
-    """Two linear layers around an activation."""
-
-    first: PackedLinear
-    second: PackedLinear
-    activation: str
-
-    def __call__(self, h: Tensor, h_scale: Tensor | None, gate: Tensor, x: Tensor, around: Surroundings) -> Tensor:
-        h = self.first(h, activation=self.activation, x_scale=h_scale)
-        return self.second(h, gate=gate, residual=x, out_dtype=torch.float32)
-
-
-@dataclass(frozen=True)
 class ContextBlock:
     """Attention among tokens, attention to the context, and what follows, each added to the tokens in float32."""
 
@@ -144,15 +107,6 @@ class ContextBlock:
         x = self.attend(*self.norms[0](x, self.attend.qkv, shift, scale), gate, x, around)
         x = self.cross(x, k, v, around)
         return self.feed(*self.norms[1](x, self.feed.first, shift_feed, scale_feed), gate_feed, x, around)
-
-
-def pack_norm(name: str, norm: nn.Module | None) -> TokenNorm | None:
-    """Reads a norm of tokens; None for one that does nothing."""
-    if norm is None or type(norm) is nn.Identity:
-        return None
-    kind = type(norm).__name__
-    require(kind in _NORMS and norm.eps is not None, f"{name} is a {kind}")
-    return TokenNorm(_NORMS[kind], as_float(norm.weight), as_float(getattr(norm, "bias", None)), norm.eps)
 
 
 def pack_self(packer: Packer, name: str, attention: nn.Module) -> SelfAttention:
@@ -180,12 +134,3 @@ def _pack_norms(name: str, attention: nn.Module) -> tuple[TokenNorm | None, Toke
         weight = getattr(norm, "weight", None)
         require(weight is None or weight.shape == (width,), f"{name} norms every head by itself")
     return pack_norm(f"{name}.norm_q", norms[0]), pack_norm(f"{name}.norm_k", norms[1])
-
-
-def pack_feed_forward(packer: Packer, name: str, feed: nn.Module) -> FeedForward:
-    """Packs a `FeedForward` of two layers."""
-    kind, approximate = type(feed.net[0]).__name__, getattr(feed.net[0], "approximate", None)
-    require(kind in ("GELU", "GEGLU"), f"{name} is a {kind}")
-    activation = "geglu" if kind == "GEGLU" else {"tanh": "gelu_tanh", "none": "gelu"}[approximate]
-    first = packer.linear(f"{name}.net.0.proj", feed.net[0].proj, pairs=kind == "GEGLU")
-    return FeedForward(first, packer.linear(f"{name}.net.2", feed.net[2]), activation)

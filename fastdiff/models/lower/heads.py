@@ -101,8 +101,13 @@ class FeedForward:
     second: PackedLinear
     activation: str
 
-    def __call__(self, h: Tensor, h_scale: Tensor | None, gate: Tensor | None, x: Tensor) -> Tensor:
-        """Normed tokens or their codes `[B, N, C]`, and the tokens x, to x + gate * feed(h)."""
+    def __call__(
+        self, h: Tensor, h_scale: Tensor | None, gate: Tensor | None, x: Tensor, around: object = None
+    ) -> Tensor:
+        """Normed tokens or their codes `[B, N, C]`, and the tokens x, to x + gate * feed(h).
+
+        around  what a feed needs that looks at neighbours; this one does not
+        """
         h = self.first(h, activation=self.activation, x_scale=h_scale)
         return self.second(h, gate=gate, residual=x, out_dtype=torch.float32)
 
@@ -149,9 +154,9 @@ class Columns:
         return [rows[:, at(i) : at(i + 1)] for i in range(self.parts)]
 
 
-def pack_token_norm(name: str, norm: nn.Module) -> TokenNorm:
-    """Reads a norm of tokens."""
-    return TokenNorm(*_read_norm(name, norm))
+def pack_norm(name: str, norm: nn.Module | None) -> TokenNorm | None:
+    """Reads a norm of tokens; None for one that does nothing."""
+    return None if norm is None or type(norm) is nn.Identity else TokenNorm(*_read_norm(name, norm))
 
 
 def pack_head_norm(name: str, norm: nn.Module | None, dim: int) -> HeadNorm | None:
@@ -174,7 +179,7 @@ def _read_norm(name: str, norm: nn.Module) -> tuple[str, Tensor | None, Tensor |
 def pack_feed_forward(packer: Packer, name: str, feed: nn.Module) -> FeedForward:
     """Packs a `FeedForward` of two layers."""
     kind = type(feed.net[0]).__name__
-    require(kind in _FEEDS and len(feed.net) == 3, f"{name} is a {kind}")
+    require(kind in _FEEDS, f"{name} is a {kind}")
     activation = _FEEDS[kind]
     if kind == "GELU" and feed.net[0].approximate == "tanh":
         activation = "gelu_tanh"

@@ -5,14 +5,8 @@ from torch import nn
 
 from fastdiff.models.lower.attention_checks import check_attention
 from fastdiff.models.lower.context import FLOATS, pack_caption, read_text
-from fastdiff.models.lower.context_block import (
-    ContextBlock,
-    Surroundings,
-    pack_cross,
-    pack_feed_forward,
-    pack_norm,
-    pack_self,
-)
+from fastdiff.models.lower.context_block import ContextBlock, Surroundings, pack_cross, pack_self
+from fastdiff.models.lower.heads import pack_feed_forward, pack_norm
 from fastdiff.models.lower.layers import Packer
 from fastdiff.models.lower.lowered import Call, only_defaults, require, rows_of_time
 from fastdiff.models.lower.patches import Positions, patchify, unpatchify

@@ -8,7 +8,8 @@ from torch import nn
 
 from fastdiff import ops
 from fastdiff.models.lower.context import Caption
-from fastdiff.models.lower.context_block import ContextBlock, Surroundings, TokenNorm
+from fastdiff.models.lower.context_block import ContextBlock, Surroundings
+from fastdiff.models.lower.heads import TokenNorm
 from fastdiff.models.lower.lowered import output_class
 
 Tensor = torch.Tensor
