@@ -3,7 +3,7 @@
 import torch
 
 from fastdiff.quant import formats
-from fastdiff.quant.ranges import TINY
+from fastdiff.quant.ranges import TINY, limits
 from fastdiff.quant.schemes import TensorSpec
 
 Tensor = torch.Tensor
@@ -26,11 +26,6 @@ def dynamic_codes(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scale
 
 
-def static_codes(x: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric int8 codes of a given scale, which broadcasts against x; NaN becomes code 0."""
-    return (x.float() * (1.0 / scale)).round().clamp(-127, 127).nan_to_num(0.0).to(torch.int8)
-
-
 def fake_quantize(x: Tensor, spec: TensorSpec, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
     """The values that remain of x after quantization, float32: what kernels without this format compute with.
 
@@ -42,10 +37,8 @@ def fake_quantize(x: Tensor, spec: TensorSpec, scale: Tensor | None = None, zero
         return _dynamic(x, spec)
     if spec.dtype == "fp8_e4m3":
         return formats.to_e4m3(x / scale).float() * scale
-    top = (1 << spec.bits) - 1 if spec.dtype.startswith("uint") else (1 << (spec.bits - 1)) - 1
-    low = 0 if spec.dtype.startswith("uint") else -top
     shift = 0.0 if zero is None else zero.float()
-    codes = ((x * (1.0 / scale)).round() + shift).clamp(low, top)
+    codes = ((x * (1.0 / scale)).round() + shift).clamp(*limits(spec))
     return (codes - shift) * scale
 
 

@@ -4,8 +4,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastdiff.ops.coded import Coded
 from fastdiff.quant.activations import fake_quantize
-from fastdiff.quant.kernels import conv_kernel
+from fastdiff.quant.kernels import coded_conv, conv_kernel
 from fastdiff.quant.layer import QLayer
 from fastdiff.quant.qtensor import QTensor
 from fastdiff.quant.schemes import Scheme
@@ -33,6 +34,10 @@ class QConv2d(QLayer):
 
     def dynamic_values(self, x: Tensor) -> Tensor:
         return fake_quantize(x.flatten(1), self.scheme.input).view(x.shape)
+
+    def coded(self) -> Coded:
+        """The layer for kernels that fuse it with its neighbours; raises ValueError where there are none."""
+        return coded_conv(self)
 
     def dense(self) -> Tensor:
         """The weight [N, C, kh, kw] float32."""

@@ -5,6 +5,7 @@ from torch import nn
 
 from fastdiff.quant import formats
 from fastdiff.quant.activations import fake_quantize
+from fastdiff.quant.kernels import tables
 from fastdiff.quant.qtensor import QTensor
 from fastdiff.quant.schemes import Scheme
 from fastdiff.quant.steps import StepContext
@@ -33,6 +34,7 @@ class QLayer(nn.Module):
         self.steps: StepContext | None = None
         self._input_enabled = True
         self._prepared = None
+        self.revision = 0
         scale, zero = quantized.scale, quantized.zero
         flat = scale.shape[1] == 1
         self.register_buffer("weight", self._stored(quantized.codes))
@@ -50,6 +52,12 @@ class QLayer(nn.Module):
         device = self.weight.device
         self.input_scale, self.steps = scale.float().to(device), steps
         self.input_zero = None if zero is None else zero.to(device)
+        self.forget_prepared()
+
+    @property
+    def static_tables(self) -> tuple[Tensor, Tensor | None]:
+        """Scale and offset of static activations as ops.quantize_static wants them, [1] or [S]."""
+        return tables(self)
 
     def enable_input(self, enabled: bool) -> None:
         """Switches the quantization of activations, for calibration."""
@@ -101,8 +109,9 @@ class QLayer(nn.Module):
         return sum(buffer.nbytes for buffer in self.buffers())
 
     def forget_prepared(self) -> None:
-        """Drops what was computed from the buffers."""
+        """Drops what was computed from the buffers; `revision` tells others that did so."""
         self._prepared = None
+        self.revision += 1
 
     def extra_repr(self) -> str:
         scheme = self.scheme

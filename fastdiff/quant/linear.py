@@ -3,8 +3,9 @@
 import torch
 from torch.nn import functional as F
 
+from fastdiff.ops.coded import Coded
 from fastdiff.quant.hadamard import rotate
-from fastdiff.quant.kernels import linear_kernel
+from fastdiff.quant.kernels import coded_linear, linear_kernel
 from fastdiff.quant.layer import QLayer
 from fastdiff.quant.qtensor import QTensor
 from fastdiff.quant.schemes import Scheme
@@ -50,16 +51,18 @@ class QLinear(QLayer):
         down = down.detach().to(device, torch.float32)
         down = down if self.smooth is None else down * self.smooth
         self._adapters[name] = scale * up.detach().to(device, torch.float32), down
+        self.forget_prepared()
 
     def remove_lora(self, name: str) -> None:
         """Removes an adapter; KeyError when it is not there."""
         del self._adapters[name]
+        self.forget_prepared()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N] in x's dtype."""
         if self.smooth is not None:
             x = x / self.smooth.to(x.dtype)
-        branches = [b for b in (self._own_branch(), *self._adapters.values()) if b is not None]
+        branches = self.branches
         side = sum(F.linear(F.linear(x.float(), down), up) for up, down in branches) if branches else None
         if self._prepared is None:
             self._prepared = (self._input_enabled and linear_kernel(self)) or self._dense_product()
@@ -72,12 +75,19 @@ class QLinear(QLayer):
     def dense(self) -> Tensor:
         """The weight that the layer applies to its input, [N, K] float32: what a linear layer would hold."""
         weight = rotate(self.codes().dequantize(), self.rotation)
-        for up, down in (b for b in (self._own_branch(), *self._adapters.values()) if b is not None):
+        for up, down in self.branches:
             weight = weight + up @ down
         return weight if self.smooth is None else weight / self.smooth
 
-    def _own_branch(self) -> tuple[Tensor, Tensor] | None:
-        return None if self.lowrank_up is None else (self.lowrank_up, self.lowrank_down)
+    @property
+    def branches(self) -> list[tuple[Tensor, Tensor]]:
+        """What runs beside the codes over the smoothed input: up [N, r] and down [r, K], adapters last."""
+        own = [] if self.lowrank_up is None else [(self.lowrank_up, self.lowrank_down)]
+        return [*own, *self._adapters.values()]
+
+    def coded(self) -> Coded:
+        """The layer for kernels that fuse it with its neighbours; raises ValueError where there are none."""
+        return coded_linear(self)
 
     def _dense_product(self):
         weight = self.codes().dequantize()

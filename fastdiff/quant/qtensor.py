@@ -12,6 +12,7 @@ from fastdiff.quant.schemes import TensorSpec
 Tensor = torch.Tensor
 
 GROUPS = {"nvfp4": 16, "mxfp4": 32}
+MOST_STEPS = 17  # of a group's scale, where scales are nested
 _CHUNK = 1 << 18
 
 
@@ -103,6 +104,8 @@ def _quantize(x: Tensor, group: int, spec: TensorSpec) -> QTensor:
         codes, scale, scale2 = _FLOATING[spec.dtype](rows)
         return QTensor(codes.view(N, K), scale.view(N, -1), None, spec, scale2)
     scale, zero = fit(rows, spec)
+    if spec.range == "nested":
+        return with_scale(x, _nested(scale.view(N, -1)), None, spec)
     return with_scale(x, scale.view(N, -1), None if zero is None else zero.view(N, -1), spec)
 
 
@@ -112,6 +115,22 @@ def with_scale(x: Tensor, scale: Tensor, zero: Tensor | None, spec: TensorSpec) 
     rows = x.float().unflatten(1, (-1, group))
     codes = round_to(rows, scale[..., None], None if zero is None else zero[..., None], spec)
     return QTensor(codes.flatten(1).to(code_dtype(spec)), scale.float(), zero, spec)
+
+
+def to_common_scale(made: QTensor) -> tuple[Tensor, Tensor] | None:
+    """The same matrix as int8 codes [N, K] of one scale per row [N, 1]; None unless its scales are nested."""
+    step = made.scale.amax(1, keepdim=True) / MOST_STEPS
+    times = (made.scale / step).round()
+    if made.zero is not None or made.spec.bits != 4 or not torch.allclose(times * step, made.scale, rtol=1e-6, atol=0):
+        return None
+    codes = made.codes.unflatten(1, (-1, made.group)).to(torch.int16) * times[..., None].to(torch.int16)
+    return codes.flatten(1).to(torch.int8), step
+
+
+def _nested(scale: Tensor) -> Tensor:
+    """Scales [N, G] as multiples 1..17 of a step of each row: 7 * 17 = 119 stays within int8 (Lin et al. 2024, QServe)."""
+    step = scale.amax(1, keepdim=True) / MOST_STEPS
+    return (scale / step).round().clamp(1, MOST_STEPS) * step
 
 
 def code_dtype(spec: TensorSpec) -> torch.dtype:

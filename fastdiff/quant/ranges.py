@@ -8,12 +8,16 @@ Tensor = torch.Tensor
 
 # scales below are replaced by it, so that a row of zeros or of denormals divides safely
 TINY = 2.0**-120
+# unsigned 8-bit codes are 0..254: less this they are int8 in -127..127, which is what kernels multiply
+MIDDLE = 127
 
 
 def limits(spec: TensorSpec) -> tuple[int, int]:
     """Lowest and highest code of an integer format."""
-    if spec.dtype.startswith("uint"):
-        return 0, (1 << spec.bits) - 1
+    if spec.dtype == "uint8":
+        return 0, 2 * MIDDLE
+    if spec.dtype == "uint4":
+        return 0, 15
     high = (1 << (spec.bits - 1)) - 1
     return (-high - 1 if spec.range == "signed" else -high), high
 
@@ -31,7 +35,7 @@ def fit(rows: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
     if spec.range == "percentile":
         low, high = _percentile(rows, spec.p)
     if spec.range != "mse":
-        return to_scale(low, high, spec)
+        return to_scale(low, high, spec)  # `nested` begins here too
     return _search(rows, low, high, spec)
 
 

@@ -76,7 +76,12 @@ _GENERAL = (
     ),
     Recipe("w8a16", _spared(Scheme(INT8)), None, "int8 weights only"),
     Recipe("w4a16", _spared(Scheme(_Q4_0), Scheme(INT8)), None, "int4 weights in groups of 64 only"),
-    Recipe("w4a8", _spared(Scheme(_group("int4", 128), TOKEN, (Rotate(256),)), _W8A8), None, "int4 weights, rotated"),
+    Recipe(
+        "w4a8",
+        _spared(Scheme(_group("int4", 128, range="nested"), TOKEN, (Rotate(256),)), _W8A8),
+        None,
+        "int4 weights in groups of 128, rotated",
+    ),
     Recipe(
         "w4a8-svd",
         _spared(Scheme(_group("int4", 64), TOKEN, (Smooth(None), LowRank(32))), _W8A8),
@@ -110,7 +115,8 @@ _PTQ4DM = Scheme(TensorSpec("int8", range="mse"), TensorSpec("int8", "tensor", r
 # TFMQ-DM (Huang et al. 2024): learned rounding per block, one asymmetric range of activations per step
 _LEARNED = Rounding("adaround")
 _U4 = TensorSpec("uint4", symmetric=False, range="mse")
-_U8_WEIGHT = TensorSpec("uint8", symmetric=False, range="mse")
+# symmetric: at 8 bits a zero point is worth 0.5 dB (section 3.1), and no kernel multiplies one
+_INT8_SEARCHED = TensorSpec("int8", range="mse")
 _U8_STEP = TensorSpec("uint8", "tensor", symmetric=False, per_step=True, range="mse")
 _U8 = TensorSpec("uint8", "tensor", symmetric=False, range="mse")
 # inside the temporal block ranges are the exact bounds of the finite set of times
@@ -135,7 +141,7 @@ _PAPERS = (
     ),
     _tfmq("tfmq", _U4, _U8_STEP, summary="TFMQ-DM: int4 weights, int8 activations, ranges per step"),
     _tfmq("tfmq-w4a32", _U4, None, summary="TFMQ-DM: int4 weights only"),
-    _tfmq("tfmq-w8a8", _U8_WEIGHT, _U8_STEP, summary="TFMQ-DM: int8"),
+    _tfmq("tfmq-w8a8", _INT8_SEARCHED, _U8_STEP, summary="TFMQ-DM: int8"),
     _tfmq(
         "temporal-feature-matters",
         _U4,

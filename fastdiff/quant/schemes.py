@@ -7,7 +7,7 @@ from typing import Any
 DTYPES = {"int8": 8, "int4": 4, "uint8": 8, "uint4": 4, "fp8_e4m3": 8, "nf4": 4, "nvfp4": 4, "mxfp4": 4}
 FLOATING = ("fp8_e4m3", "nf4", "nvfp4", "mxfp4")
 GRANULARITIES = ("tensor", "channel", "token", "group")
-RANGES = ("absmax", "signed", "mse", "percentile")
+RANGES = ("absmax", "signed", "nested", "mse", "percentile")
 ROUNDINGS = ("rtn", "gptq", "adaround")
 
 
@@ -27,8 +27,9 @@ class TensorSpec:
     symmetric    no zero point; asymmetric needs an unsigned dtype
     dynamic      activations: ranges are measured at run time
     per_step     activations: one static range per sampling step
-    range        `absmax`, `signed` (the extreme value maps to the lowest code: GGUF's Q4_0), `mse` (search for the least
-                 L_p error over `grid` ranges), `percentile` (`p` percent of the magnitudes lie inside)
+    range        `absmax`, `signed` (the extreme value maps to the lowest code: GGUF's Q4_0), `nested` (scales of groups are 1
+                 to 17 times a step of the output: as int8 the codes have one scale per output, as in QServe), `mse` (search
+                 for the least L_p error over `grid` ranges), `percentile` (`p` percent of the magnitudes lie inside)
     """
 
     dtype: str
@@ -55,6 +56,8 @@ class TensorSpec:
             raise ValueError("TensorSpec: a dynamic range has no table per step; set one of dynamic and per_step")
         if self.range == "signed" and self.dtype != "int4":
             raise ValueError(f"TensorSpec: range 'signed' is defined for int4, got {self.dtype}")
+        if self.range == "nested" and (self.dtype != "int4" or self.granularity != "group"):
+            raise ValueError(f"TensorSpec: range 'nested' is defined for int4 in groups, got {self.dtype}")
         if not isinstance(self.grid, int) or self.grid < 1 or not 0 < self.p <= 100:
             raise ValueError(f"TensorSpec: grid must be >= 1 and p in (0, 100], got {self.grid!r} and {self.p!r}")
 
@@ -164,6 +167,8 @@ class Scheme:
             raise ValueError(
                 f"Scheme: rotation lowers the quality of the floating format {self.weight.dtype}; remove it"
             )
+        if self.rounding.kind == "gptq" and self.weight.range == "nested":
+            raise ValueError("Scheme: gptq chooses the scale of each group when it comes to it; use range 'absmax'")
         if self.rounding.kind != "rtn" and self.weight.dtype in FLOATING:
             raise ValueError(f"Scheme: {self.rounding.kind} needs integer weights, got {self.weight.dtype}")
 
