@@ -39,6 +39,15 @@ def _(x, out_dtype):
     return out
 
 
+@copy.variant("triton", devices=("cuda",), missing=native.triton_missing)
+def _(x, out_dtype):
+    from fastdiff.kernels.copy import copy_triton
+
+    out = memory.empty(x.shape, out_dtype, x.device)
+    copy_triton(out, x)
+    return out
+
+
 @copy.sample
 def _(device):
     generator = torch.Generator().manual_seed(0)

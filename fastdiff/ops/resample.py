@@ -49,6 +49,17 @@ def _(x, kind):
     return out
 
 
+@resample.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=_refuse)
+def _(x, kind):
+    from fastdiff.kernels.resample import resample_triton
+
+    B, H, W, C = x.shape
+    average = kind == "average2x"
+    out = memory.empty((B, H // 2, W // 2, C) if average else (B, 2 * H, 2 * W, C), x.dtype, x.device)
+    resample_triton(out, x, average)
+    return out
+
+
 @resample.sample
 def _(device):
     generator = torch.Generator().manual_seed(0)
