@@ -1,6 +1,6 @@
 """fastdiff: a kernel-backed sampling engine for diffusion and flow models."""
 
-from fastdiff.accelerate import Report, accelerate, report, undo
+from fastdiff.accelerate import PipelineReport, Report, accelerate, report, undo
 from fastdiff.artefact import load, save
 from fastdiff.carry import Carry, Hook
 from fastdiff.guidance import CFG
@@ -45,6 +45,7 @@ __all__ = [
     "Level",
     "MeanReverting",
     "NonFiniteError",
+    "PipelineReport",
     "Plan",
     "Process",
     "QuantConfig",

@@ -12,12 +12,13 @@ _LEADING = ("model_output", "timestep", "sample")
 _CLASSES: dict[type, type] = {}
 
 
-def as_fast(scheduler: object, *, noise: str = "torch", seed: int | Sequence[int] = 0) -> object:
+def as_fast(scheduler: object, *, noise: str = "torch", seed: int | Sequence[int] = 0, strict: bool = False) -> object:
     """A copy of a diffusers scheduler that does its steps on the fused kernel; `scheduler` itself is left alone.
 
     noise  "torch": drawn from torch's generators exactly as the scheduler draws it; "philox": counter-based, made in the kernel,
            a function of (seed, step, element) and of nothing else
     seed   Philox seeds of the samples where `step` gets no generator: a list, or the first of consecutive numbers
+    strict raise RuntimeError in `step` where the kernel cannot do it
 
     The copy is an instance of the scheduler's class, has its class name, module and config, and saves as the original.
     `step` also takes one timestep per sample. A step that the kernel cannot do is done by the scheduler's own code;
@@ -26,9 +27,8 @@ def as_fast(scheduler: object, *, noise: str = "torch", seed: int | Sequence[int
     if noise not in ("torch", "philox"):
         raise ValueError(f"as_fast: noise must be 'torch' or 'philox', got {noise!r}")
     state = scheduler.__getstate__() if isinstance(scheduler, _Fast) else dict(vars(scheduler))
-    fast = _rebuild(
-        stock_class(type(scheduler)), None if noise == "torch" else seed if isinstance(seed, int) else tuple(seed)
-    )
+    philox = None if noise == "torch" else seed if isinstance(seed, int) else tuple(seed)
+    fast = _rebuild(stock_class(type(scheduler)), philox, strict)
     vars(fast).update({name: own(value) for name, value in state.items()})
     return fast
 
@@ -77,7 +77,8 @@ class _Fast:
         return {name: value for name, value in self.__dict__.items() if name != PRIVATE}
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        return _rebuild, (stock_class(type(self)), _runner(self).philox), self.__getstate__()
+        runner = _runner(self)
+        return _rebuild, (runner.stock, runner.philox, runner.strict), self.__getstate__()
 
 
 def _step_like(stock: type) -> Callable:
@@ -87,7 +88,7 @@ def _step_like(stock: type) -> Callable:
 
         @functools.wraps(stock.step)
         def step(self, *args, **options):
-            _runner(self).report.stock[f"{stock.__name__}.step takes {', '.join(parameters[:3])}"] += 1
+            _runner(self).leave(f"{stock.__name__}.step takes {', '.join(parameters[:3])}")
             return stock.step(self, *args, **options)
 
         return step
@@ -123,7 +124,7 @@ def _runner(scheduler: object) -> Runner:
     return attributes[PRIVATE]
 
 
-def _rebuild(stock: type, philox: int | tuple[int, ...] | None) -> object:
+def _rebuild(stock: type, philox: int | tuple[int, ...] | None, strict: bool) -> object:
     made = object.__new__(fast_class(stock))
-    vars(made)[PRIVATE] = Runner(stock, philox)
+    vars(made)[PRIVATE] = Runner(stock, philox, strict)
     return made

@@ -41,6 +41,11 @@ class SchedulerReport:
     fused: int = 0
     stock: Counter = field(default_factory=Counter)
 
+    @property
+    def fallbacks(self) -> list[str]:
+        """Steps that the scheduler's own code did, and why, one sentence each."""
+        return [f"{count} steps on diffusers' own code: {reason}" for reason, count in self.stock.items()]
+
     def __str__(self) -> str:
         lines = [
             f"{self.scheduler}: {self.fused} steps on the fused kernel, {self.stock.total()} on diffusers' own code"

@@ -20,10 +20,11 @@ class Runner:
 
     stock   diffusers' class
     philox  noise seeds of the samples (a number for all), or None for torch's generators
+    strict  raise RuntimeError where a step would be left to the scheduler's own code
     """
 
-    def __init__(self, stock: type, philox: int | tuple[int, ...] | None):
-        self.stock, self.philox = stock, philox
+    def __init__(self, stock: type, philox: int | tuple[int, ...] | None, strict: bool = False):
+        self.stock, self.philox, self.strict = stock, philox, strict
         self.report = SchedulerReport(stock.__name__)
         self.attributes = Attributes()
         self.dirty, self.failures, self.reason, self.scope = True, 0, "", (None, None)
@@ -40,12 +41,18 @@ class Runner:
         try:
             result = self._fused(scheduler.__dict__, output, timestep, sample, options.copy())
         except Refusal as refusal:
-            self.report.stock[str(refusal)] += 1
+            self.leave(str(refusal))
             self.restore(scheduler.__dict__)
             self.dirty = True
             return self._own_step(scheduler, output, timestep, sample, options, refusal)
         self.report.fused += 1
         return result
+
+    def leave(self, reason: str) -> None:
+        """Notes that a step is left to the scheduler's own code."""
+        if self.strict:
+            raise RuntimeError(f"as_fast: strict, but a step of {self.stock.__name__} is not on the kernel: {reason}")
+        self.report.stock[reason] += 1
 
     def _own_step(self, scheduler, output, timestep, sample, options: dict, refusal: Refusal):
         try:

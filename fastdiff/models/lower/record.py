@@ -1,6 +1,7 @@
 """What `accelerate` did to each layer, and why."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -25,6 +26,49 @@ MODES = {
     "w8a8": Mode(torch.int8, torch.bfloat16, "bf16"),
 }
 ATTENTION = ("f32", "bf16", "int8")
+DETERMINISTIC = ("off", "run", "batch")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a module is accelerated; see `fastdiff.accelerate` for what each setting means."""
+
+    mode: str = "exact"
+    attention: str | None = None
+    spare: Mapping[str, str] | Sequence[str] = ()
+    exact_time: bool | None = None
+    keep_original: bool = True
+    strict: bool = False
+    deterministic: str = "run"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"accelerate: unknown mode {self.mode!r}; known are {', '.join(MODES)}")
+        if self.attention not in (None, *ATTENTION):
+            raise ValueError(f"accelerate: unknown attention {self.attention!r}; known are {', '.join(ATTENTION)}")
+        if self.deterministic not in DETERMINISTIC:
+            known = ", ".join(DETERMINISTIC)
+            raise ValueError(f"accelerate: unknown deterministic {self.deterministic!r}; known are {known}")
+        if self.exact_time and self.deterministic == "batch":
+            raise ValueError(
+                "accelerate: exact_time=True ties rows to their batch; leave it out for deterministic='batch'"
+            )
+
+    @property
+    def numbers(self) -> Mode:
+        """The mode's numbers, with the attention that was asked for."""
+        mode = MODES[self.mode]
+        return mode if self.attention is None else replace(mode, attention=self.attention)
+
+    @property
+    def spared(self) -> dict[str, str]:
+        """Names of layers that stay in floating point, and why."""
+        return dict(self.spare) if isinstance(self.spare, Mapping) else dict.fromkeys(self.spare, "asked for")
+
+    @property
+    def shares_time(self) -> bool:
+        """Whether temporal rows belong to the batch that asks for them."""
+        return (self.mode == "exact" and self.deterministic != "batch") if self.exact_time is None else self.exact_time
 
 
 @dataclass(frozen=True)

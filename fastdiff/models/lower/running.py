@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from fastdiff.models.lower import FAMILIES
+from fastdiff.models.lower.coded_layers import StepRanges, follow_times
 from fastdiff.models.lower.layers import Packer
 from fastdiff.models.lower.lowered import Call, Lowered
-from fastdiff.models.lower.record import Mode, Record, UnsupportedError
+from fastdiff.models.lower.record import Record, Settings, UnsupportedError
 from fastdiff.ops import native
 from fastdiff.ops.memory import Arena
 from fastdiff.ops.registry import forced_backend
@@ -26,20 +27,12 @@ class Running:
     settings only.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        mode: Mode,
-        spared: dict[str, str],
-        exact_time: bool,
-        keep_original: bool,
-        strict: bool = False,
-    ) -> None:
-        self.module = module
-        self.settings = (mode, spared, exact_time, keep_original, strict)
-        self.name, self.set_up_s = "", 0.0
+    def __init__(self, module: nn.Module, settings: Settings) -> None:
+        self.module, self.settings = module, settings
+        self.set_up_s = 0.0
         self.calls: Counter[str] = Counter()
         self._lowered: Lowered | None = None
+        self._ranges = StepRanges()
         self._watched: list[tuple[dict, str, nn.Parameter, int, int | None]] = []
         self._lock = threading.RLock()
         self._forget()
@@ -52,29 +45,26 @@ class Running:
     def __getstate__(self) -> dict:
         if not self.keeps_original:
             raise RuntimeError("accelerate: a module whose original weights were given up cannot be copied or pickled")
-        return {"module": self.module, "settings": self.settings, "name": self.name}
+        return {"module": self.module, "settings": self.settings}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(state["module"], *state["settings"])
-        self.name = state["name"]
+        self.__init__(state["module"], state["settings"])
 
     @property
     def keeps_original(self) -> bool:
-        return self.settings[3]
+        return self.settings.keep_original
 
     @property
     def record(self) -> Record:
         return self.lowered.record
 
     def install(self) -> None:
-        """Puts our forward in place of the module's own."""
-        self.module.__dict__["forward"] = self.forward
+        """Adds what callers of the module may use besides its forward."""
         self.module.__dict__["prepare_schedule"] = self.prepare_schedule
 
     def remove(self) -> None:
-        """Gives the module its own forward back."""
-        for name in ("forward", "prepare_schedule"):
-            self.module.__dict__.pop(name, None)
+        """Takes back what `install` added."""
+        self.module.__dict__.pop("prepare_schedule", None)
 
     @property
     def lowered(self) -> Lowered:
@@ -97,20 +87,26 @@ class Running:
         return False
 
     def _lower(self) -> None:
-        mode, spared, exact_time, keep_original, _ = self.settings
+        settings = self.settings
         self._forget()
         lower = FAMILIES[type(self.module).__name__]
+        packer = lambda keep, dry: Packer(settings.numbers, Record(), settings.spared, keep, dry)
         with torch.no_grad():
-            if not keep_original:  # nothing may fail once the first weight is gone
-                lower(self.module, Packer(mode, Record(), spared, dry=True), exact_time)
-            self._lowered = lower(self.module, Packer(mode, Record(), spared, keep_original), exact_time)
+            if not self.keeps_original:  # nothing may fail once the first weight is gone
+                lower(self.module, packer(True, True), settings.shares_time)
+            chosen = packer(self.keeps_original, False)
+            self._lowered = lower(self.module, chosen, settings.shares_time)
+            self._ranges = chosen.ranges
+            self._lowered.temporal.before = follow_times(self.module)
 
-    def forward(self, *args, **kwargs):
+    def __call__(self, *args, **kwargs):
         """The module's forward, on fused kernels where they serve the call, else its own."""
+        if torch.compiler.is_compiling():  # a compiler looks at torch's own operations
+            return type(self.module).forward(self.module, *args, **kwargs)
         with self._lock:
             reason, call = self._read(args, kwargs)
             if call is None:
-                if self.settings[4]:
+                if self.settings.strict:
                     raise RuntimeError(f"accelerate: strict, but this call is not served by the kernels: {reason}")
                 self.calls[reason] += 1
                 return type(self.module).forward(self.module, *args, **kwargs)
@@ -133,8 +129,6 @@ class Running:
             )
 
     def _read(self, args: tuple, kwargs: dict) -> tuple[str, Call | None]:
-        if torch.compiler.is_compiling():
-            return "torch.compile traces the module", None
         try:
             call = self.lowered.read(*args, **kwargs)
         except UnsupportedError as error:
@@ -151,6 +145,7 @@ class Running:
     def _run(self, call: Call) -> Tensor:
         lowered = self._lowered
         rows = lowered.temporal.lookup(*call.temporal)
+        self._ranges.fill(call.temporal[0])
         lowered.prepare(call)
         if native.cpu() is None or forced_backend() is not None:
             return lowered.body(call.sample, rows, *lowered.encode(*call.context))
