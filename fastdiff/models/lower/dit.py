@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fastdiff import ops
 from fastdiff.models.embeddings import timestep_sinusoid
+from fastdiff.models.lower.coded_layers import is_coded
 from fastdiff.models.lower.layers import PackedLinear, Packer
 from fastdiff.models.lower.lowered import Call, only_defaults, output_class, require, rows_of_time
 from fastdiff.models.lower.structure import Structure
@@ -34,6 +35,8 @@ class LoweredDiT:
     The residual stream is float32 in every mode: it is a few percent of the traffic and keeps the error of many blocks
     from adding up.
     """
+
+    adds = True
 
     def __init__(self, module: nn.Module, packer: Packer, exact_time: bool) -> None:
         self.record = packer.record
@@ -84,17 +87,33 @@ class LoweredDiT:
 
     def body(self, sample: Tensor, rows: Tensor) -> Tensor:
         """`[B, C, H, W]` and the modulations `[B, (6 blocks + 2) hidden]` to `[B, C', H, W]` in the sample's dtype."""
-        x = self._embed(sample)
-        width = x.shape[2]
-        part = lambda i: rows[:, i * width : (i + 1) * width]
-        for i, block in enumerate(self._blocks):
-            x = self._run_block(block, x, [part(6 * i + j) for j in range(6)])
-        i = 6 * len(self._blocks)
-        x = ops.norm_modulate(x, "layer", None, None, self._final_eps, part(i), part(i + 1), self._mode.stream)
+        head = self.head(sample, rows)
+        return self.tail(self.middle(head, rows), head, sample, rows)
+
+    def head(self, sample: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        """The tokens `[B, N, hidden]` after the first block."""
+        return (self._run_block(0, self._embed(sample), rows),)
+
+    def middle(self, head: tuple[Tensor, ...], rows: Tensor) -> Tensor:
+        """All blocks but the first."""
+        (x,) = head
+        for i in range(1, len(self._blocks)):
+            x = self._run_block(i, x, rows)
+        return x
+
+    def tail(self, x: Tensor, head: tuple[Tensor, ...], sample: Tensor, rows: Tensor) -> Tensor:
+        """From the tokens to the prediction."""
+        shift, scale = self._parts(rows, 6 * len(self._blocks), 2)
+        x = ops.norm_modulate(x, "layer", None, None, self._final_eps, shift, scale, self._mode.stream)
         return self._unpatchify(self._final(x, out_dtype=torch.float32), sample)
 
-    def _run_block(self, block: _Block, x: Tensor, modulation: list[Tensor]) -> Tensor:
-        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation
+    def _parts(self, rows: Tensor, first: int, count: int) -> tuple[Tensor, ...]:
+        """Views of `count` modulations in the temporal rows."""
+        return rows.unflatten(1, (6 * len(self._blocks) + 2, -1))[:, first : first + count].unbind(1)
+
+    def _run_block(self, i: int, x: Tensor, rows: Tensor) -> Tensor:
+        block = self._blocks[i]
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = self._parts(rows, 6 * i, 6)
         h, codes_scale = self._normed(block.qkv, x, block.norms_eps[0], shift_attn, scale_attn)
         q, k, v = block.qkv(h, x_scale=codes_scale).unflatten(2, (3, self._heads, -1)).unbind(2)
         h = ops.attention(q, k, v, None, None, q.shape[-1] ** -0.5, self._mode.attention)
@@ -126,7 +145,8 @@ class LoweredDiT:
 
     def _modulations(self, t: Tensor, labels: Tensor) -> Tensor:
         """Shift, scale and gate of both halves of every block, then shift and scale of the output, for R rows."""
-        dtype = self._module.proj_out_1.weight.dtype
+        last = self._module.proj_out_1
+        dtype = torch.float32 if is_coded(last) else last.weight.dtype
         if _is_diffusers(self._module):
             embed = lambda norm: norm.emb(t, labels, hidden_dtype=dtype)
         else:

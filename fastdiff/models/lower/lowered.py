@@ -52,6 +52,21 @@ class Lowered(Protocol):
     def body(self, sample: Tensor, rows: Tensor, *encoded: Tensor) -> Tensor: ...
 
 
+class Staged(Lowered, Protocol):
+    """A lowered model whose body is `tail(middle(head))`, so that the features of the middle can be used again.
+
+    adds  the middle adds to the features `[B, ...]` that come first in the head, else it makes features of its own
+    """
+
+    adds: bool
+
+    def head(self, sample: Tensor, rows: Tensor, *encoded: Tensor) -> tuple[Tensor, ...]: ...
+
+    def middle(self, head: tuple[Tensor, ...], rows: Tensor, *encoded: Tensor) -> Tensor: ...
+
+    def tail(self, x: Tensor, head: tuple[Tensor, ...], sample: Tensor, rows: Tensor, *encoded: Tensor) -> Tensor: ...
+
+
 def output_class(module: nn.Module, name: str) -> type:
     """The class of the module's results, found beside the module's own class."""
     return inspect.unwrap(type(module).forward).__globals__[name]

@@ -11,7 +11,7 @@ from fastdiff.models.lower.layers import Packer
 from fastdiff.models.lower.lowered import Call, only_defaults, require, rows_of_time
 from fastdiff.models.lower.structure import Structure
 from fastdiff.models.lower.unet_blocks import Assembly, Conditions, is_silu, pack_conv, pack_norm
-from fastdiff.models.lower.unet_levels import can_crop, pack_levels
+from fastdiff.models.lower.unet_levels import Level, can_crop, pack_levels
 from fastdiff.models.lower.unet_time import UNetTime
 from fastdiff.temporal import TemporalTable
 
@@ -27,6 +27,8 @@ class LoweredUNet:
 
     Time projections are rows of the temporal table; keys and values of cross-attention are computed once per context.
     """
+
+    adds = False
 
     def __init__(self, module: nn.Module, packer: Packer, exact_time: bool) -> None:
         self.record = packer.record
@@ -117,25 +119,51 @@ class LoweredUNet:
 
     def body(self, sample: Tensor, rows: Tensor, *encoded: Tensor) -> Tensor:
         """`[B, C, H, W]`, the time projections and the encoded context to `[B, C', H, W]` in the sample's dtype."""
-        conditions = Conditions(rows, encoded)
+        head = self.head(sample, rows, *encoded)
+        return self.tail(self.middle(head, rows, *encoded), head, sample, rows, *encoded)
+
+    def head(self, sample: Tensor, rows: Tensor, *encoded: Tensor) -> tuple[Tensor, ...]:
+        """What the first level hands down, then the skip connections so far."""
         x = self._first(ops.copy(sample.permute(0, 2, 3, 1), torch.float32))
         skips = [x]
-        for level in self._down:
-            for stage in level.stages:
-                x = stage(x, None, conditions)
-                skips.append(x)
-            if level.resample is not None:
-                x = level.resample(x)
-                skips.append(x)
+        return (_go_down(self._down[0], x, skips, Conditions(rows, encoded)), *skips)
+
+    def middle(self, head: tuple[Tensor, ...], rows: Tensor, *encoded: Tensor) -> Tensor:
+        """All levels but the first on the way down and the last on the way up."""
+        conditions = Conditions(rows, encoded)
+        x, *skips = head
+        for level in self._down[1:]:
+            x = _go_down(level, x, skips, conditions)
         for stage in self._mid.stages:
             x = stage(x, None, conditions)
-        for level in self._up:
-            for stage in level.stages:
-                x = stage(x, skips.pop(), conditions)
-            if level.resample is not None:
-                x = level.resample(x, skips[-1].shape[1:3])
+        for level in self._up[:-1]:
+            x = _go_up(level, x, skips, conditions)
+        return x
+
+    def tail(self, x: Tensor, head: tuple[Tensor, ...], sample: Tensor, rows: Tensor, *encoded: Tensor) -> Tensor:
+        """The last level and the prediction."""
+        last = self._up[-1]
+        x = _go_up(last, x, [*head[1 : 1 + len(last.stages)]], Conditions(rows, encoded))
         out = self._last(self._norm(x, None, "silu"), out_dtype=torch.float32)
         return ops.copy(out.permute(0, 3, 1, 2), sample.dtype)
+
+
+def _go_down(level: Level, x: Tensor, skips: list[Tensor], conditions: Conditions) -> Tensor:
+    """Runs a level and its reduction, each of whose results is a skip connection too."""
+    for stage in level.stages:
+        x = stage(x, None, conditions)
+        skips.append(x)
+    if level.resample is not None:
+        x = level.resample(x)
+        skips.append(x)
+    return x
+
+
+def _go_up(level: Level, x: Tensor, skips: list[Tensor], conditions: Conditions) -> Tensor:
+    """Runs a level on the skip connections that were made last, then its enlargement."""
+    for stage in level.stages:
+        x = stage(x, skips.pop(), conditions)
+    return x if level.resample is None else level.resample(x, skips[-1].shape[1:3])
 
 
 _READERS = {
