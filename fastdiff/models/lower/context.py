@@ -64,3 +64,10 @@ def _kept(bias: Tensor) -> int:
         return total
     last = int(counts.any(0).nonzero()[-1]) + 1
     return min(-(-last // _ROUND) * _ROUND, total)
+
+
+def read_pooled(pooled: Tensor | None, rows: int) -> Tensor:
+    """A vector of text for each row, `[rows, width]`."""
+    fits = isinstance(pooled, Tensor) and pooled.dim() == 2 and pooled.shape[0] == rows
+    require(fits and pooled.device.type == "cpu", f"pooled text: a CPU tensor [{rows}, width] is needed")
+    return pooled

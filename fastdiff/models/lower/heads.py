@@ -31,14 +31,17 @@ class TokenNorm:
         self, x: Tensor, into: PackedLinear, shift: Tensor | None = None, scale: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """In the stream, or as codes and their scales where the product that follows wants codes."""
-        affine = (self.kind, self.weight, self.bias, self.eps, shift, scale)
         if into.scale is not None:
-            return ops.norm_modulate_int8(x, *affine)
-        return ops.norm_modulate(x, *affine, into.stream), None
+            return ops.norm_modulate_int8(x, self.kind, self.weight, self.bias, self.eps, shift, scale)
+        return self.modulate(x, shift, scale, into.stream), None
+
+    def modulate(self, x: Tensor, shift: Tensor | None, scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """`[B, N, C]` tokens in `out_dtype`."""
+        return ops.norm_modulate(x, self.kind, self.weight, self.bias, self.eps, shift, scale, out_dtype)
 
     def plain(self, x: Tensor) -> Tensor:
         """In the dtype of `[B, N, C]` tokens."""
-        return ops.norm_modulate(x, self.kind, self.weight, self.bias, self.eps, None, None, x.dtype)
+        return self.modulate(x, None, None, x.dtype)
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ class Packer:
         precise  why the weights are float32, in every mode
         """
         for layer in linears:
-            _check_plain(name, layer, type(layer) if _is_patchwise(layer) else nn.Linear)
+            check_plain(name, layer, type(layer) if _is_patchwise(layer) else nn.Linear)
         device = "meta" if self._dry else "cpu"
         weight = torch.cat([layer.weight.detach().to(device).float().flatten(1) for layer in linears])
         bias = _joined_bias(linears)
@@ -150,7 +150,7 @@ class Packer:
         padding         left, right, top, bottom, where it differs from the layer's own
         spare, precise  as in `linear`
         """
-        _check_plain(name, conv, nn.Conv2d)
+        check_plain(name, conv, nn.Conv2d)
         flat = conv.weight.detach().to("meta" if self._dry else "cpu").float().flatten(1)
         form = self._format(name, spare, precise)
         shape, segments = conv.weight.shape, channels or (conv.in_channels,)
@@ -205,7 +205,7 @@ def _is_patchwise(layer: nn.Module) -> bool:
     return layer.kernel_size == layer.stride and not any(layer.padding) and layer.groups == 1
 
 
-def _check_plain(name: str, layer: nn.Module, expected: type) -> None:
+def check_plain(name: str, layer: nn.Module, expected: type) -> None:
     """A subclass (LoRA), a parametrization or a hook computes something else than the plain layer."""
     if type(layer) is not expected:
         raise UnsupportedError(f"{name} is a {type(layer).__name__}, not a plain {expected.__name__}")

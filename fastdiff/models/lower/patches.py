@@ -25,11 +25,10 @@ def unpatchify(tokens: Tensor, p: int, size: tuple[int, int], dtype: torch.dtype
 
 
 class Positions:
-    """What a `PatchEmbed` adds to its patches: a table for its own size, computed anew for any other."""
+    """What a `PatchEmbed` adds to its patches: the middle of a large table, or a table for its own size, made for others."""
 
     def __init__(self, embed: nn.Module) -> None:
         require(getattr(embed, "norm", None) is None, "the patch embedding has a norm")
-        require(getattr(embed, "pos_embed_max_size", None) is None, "positions are cropped from a table")
         self._embed = embed
         self._tables: dict[tuple[int, ...], Tensor] = {}
 
@@ -47,6 +46,8 @@ class Positions:
 
     def _computed(self, h: int, w: int) -> Tensor:
         embed = self._embed
+        if embed.pos_embed_max_size:
+            return embed.cropped_pos_embed(h * embed.patch_size, w * embed.patch_size)
         if (embed.height, embed.width) == (h, w):
             return embed.pos_embed
         compute = output_class(embed, "get_2d_sincos_pos_embed")

@@ -1,0 +1,191 @@
+"""FLUX.1 (Black Forest Labs 2024): diffusers' `FluxTransformer2DModel`."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastdiff import ops
+from fastdiff.models.lower.attention_checks import check_attention
+from fastdiff.models.lower.context import FLOATS, ONCE, read_pooled, read_text
+from fastdiff.models.lower.heads import Columns, Modulations, Rotation, TokenNorm, join, pack_norm, turn
+from fastdiff.models.lower.joint import PROCESSORS, Norms, pack_head_norms, pack_joint_block
+from fastdiff.models.lower.layers import PackedLinear, Packer, check_plain
+from fastdiff.models.lower.lowered import Call, only_defaults, require, rows_of_time
+from fastdiff.models.lower.structure import Structure
+from fastdiff.models.lower.trunk import FIRST, LAST, wrap_output
+from fastdiff.temporal import TemporalTable
+
+Tensor = torch.Tensor
+_SINGLE = "FluxSingleTransformerBlock"
+
+
+@dataclass(frozen=True)
+class SingleBlock:
+    """Attention and a feed-forward layer side by side, on the same normed tokens; one projection of both, in two parts.
+
+    Its parts have their own rows of codes in w8a8, and what they multiply need not lie together.
+    """
+
+    columns: Columns
+    norm: TokenNorm
+    qkv: PackedLinear
+    norms: Norms
+    feed: PackedLinear
+    out_heads: PackedLinear
+    out_feed: PackedLinear
+    dim: int
+    precision: str
+
+    def __call__(self, x: Tensor, rows: Tensor, rotation: Rotation) -> Tensor:
+        """`[B, N, C]` float32 tokens to the same."""
+        shift, scale, gate = self.columns.of(rows)
+        h, h_scale = self.norm(x, self.qkv, shift, scale)
+        q, k, v = self.qkv(h, x_scale=h_scale).unflatten(2, (-1, self.dim)).chunk(3, dim=2)
+        if (self.feed.scale is None) != (self.qkv.scale is None):
+            h, h_scale = self.norm(x, self.feed, shift, scale)
+        fed = self.feed(h, activation="gelu_tanh", x_scale=h_scale)
+        q, k = (turn(t, norm, rotation) for t, norm in zip((q, k), self.norms, strict=True))
+        h = ops.attention(q, k, v, None, None, self.dim**-0.5, self.precision)
+        x = self.out_heads(h.flatten(2), gate=gate, residual=x, out_dtype=torch.float32)
+        return self.out_feed(fed, gate=gate, residual=x, out_dtype=torch.float32)
+
+
+class LoweredFlux:
+    """A FLUX in packed weights; modulations depend on timestep, guidance and pooled text and are rows of the temporal table.
+
+    Rotations follow from position ids that come with each call, whatever the shape of the sample: they are context.
+    """
+
+    def __init__(self, module: nn.Module, packer: Packer, exact_time: bool) -> None:
+        self.record = packer.record
+        self._module = module
+        self._structure = Structure(module)
+        self._placed: tuple[Tensor, Rotation] | None = None
+        modulations = Modulations(self._embedding)
+        self._guided = hasattr(module.time_text_embed, "guidance_embedder")
+        self._embed = packer.linear("x_embedder", module.x_embedder, precise=FIRST)
+        self._context = packer.linear("context_embedder", module.context_embedder, spare=ONCE)
+        double, single = "transformer_blocks", "single_transformer_blocks"
+        blocks = enumerate(module.transformer_blocks)
+        self._double = [pack_joint_block(packer, f"{double}.{i}", block, modulations) for i, block in blocks]
+        blocks = enumerate(module.single_transformer_blocks)
+        self._single = [_pack_single(packer, f"{single}.{i}", block, modulations) for i, block in blocks]
+        self._norm = pack_norm("norm_out", module.norm_out.norm)
+        self._columns = modulations.add_linear(module.norm_out, module.inner_dim)
+        self._final = packer.linear("proj_out", module.proj_out, precise=LAST)
+        self.temporal = TemporalTable(modulations, exact=exact_time)
+        packer.record.add(
+            "time_text_embed, *.norm*.linear", "temporal table", "timestep, guidance and pooled text only"
+        )
+
+    def read(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        pooled_projections: Tensor | None = None,
+        timestep: Tensor | None = None,
+        img_ids: Tensor | None = None,
+        txt_ids: Tensor | None = None,
+        guidance: Tensor | None = None,
+        joint_attention_kwargs: dict | None = None,
+        controlnet_block_samples: list | None = None,
+        controlnet_single_block_samples: list | None = None,
+        return_dict: bool = True,
+        controlnet_blocks_repeat: bool = False,
+    ) -> Call:
+        """The arguments of diffusers' forward."""
+        self._structure.check()
+        only_defaults(
+            joint_attention_kwargs=joint_attention_kwargs,
+            controlnet_block_samples=controlnet_block_samples,
+            controlnet_single_block_samples=controlnet_single_block_samples,
+        )
+        sample, channels, rows = hidden_states, self._module.x_embedder.in_features, hidden_states.shape[0]
+        require(sample.dim() == 3 and sample.shape[2] == channels, f"sample: [B, N, {channels}] is needed")
+        require(sample.dtype in FLOATS, f"sample is {sample.dtype}")
+        require((guidance is not None) == self._guided, f"guidance is {'needed' if self._guided else 'not known'}")
+        text = read_text(encoder_hidden_states, None, rows, self._module.context_embedder.in_features)
+        rotation = self._rotation(txt_ids, img_ids, text[0].shape[1] + sample.shape[1])
+        temporal = rows_of_time(timestep, rows), read_pooled(pooled_projections, rows)
+        if guidance is not None:
+            temporal += (rows_of_time(guidance, rows),)
+        return Call(sample, temporal, (*text, *rotation), wrap_output(self._module, return_dict))
+
+    def _rotation(self, txt_ids: Tensor | None, img_ids: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[N, D]`, those of the last call where it had the same ids."""
+        ids = (txt_ids, img_ids)
+        require(all(isinstance(part, Tensor) for part in ids), "txt_ids and img_ids are needed")
+        ids = torch.cat([part[0] if part.dim() == 3 else part for part in ids])
+        require(
+            ids.shape == (tokens, len(self._module.pos_embed.axes_dim)), "txt_ids and img_ids do not fit the tokens"
+        )
+        if self._placed is None or not torch.equal(self._placed[0], ids):
+            self._placed = ids, self._module.pos_embed(ids)
+        return self._placed[1]
+
+    def prepare(self, call: Call) -> None:
+        """Nothing depends on the shapes."""
+
+    def encode(self, text: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """The text in the width of the blocks, and the rotation."""
+        return self._context(text, out_dtype=torch.float32), cos, sin
+
+    def body(self, sample: Tensor, rows: Tensor, text: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`[B, N, C]`, the modulations, the embedded text and the rotation to `[B, N, C']` in the sample's dtype."""
+        rotation = Rotation(cos, sin)
+        x = self._embed(ops.copy(sample, torch.float32), out_dtype=torch.float32)
+        tokens = text.shape[1]
+        for block in self._double:
+            text, x = block(text, x, rows, rotation)
+        if self._single:
+            heads = lambda stream: stream.unflatten(2, (-1, cos.shape[1]))
+            x = join((heads(text), heads(x))).flatten(2)
+            for block in self._single:
+                x = block(x, rows, rotation)
+            x = x[:, tokens:]
+        scale, shift = self._columns.of(rows)
+        return self._final(self._norm.modulate(x, shift, scale, torch.float32), out_dtype=sample.dtype)
+
+    def _embedding(self, t: Tensor, pooled: Tensor, *guidance: Tensor) -> Tensor:
+        thousandths = (1000 * value.to(self._module.x_embedder.weight.dtype) for value in (t, *guidance))
+        return self._module.time_text_embed(*thousandths, pooled)
+
+
+def lower_flux(module: nn.Module, packer: Packer, exact_time: bool) -> LoweredFlux:
+    """Packs a FLUX. Raises UnsupportedError where it differs from the published architecture."""
+    for part, kind in (("transformer_blocks", "FluxTransformerBlock"), ("single_transformer_blocks", _SINGLE)):
+        for i, block in enumerate(getattr(module, part)):
+            require(type(block).__name__ == kind, f"{part}.{i} is a {type(block).__name__}")
+    return LoweredFlux(module, packer, exact_time)
+
+
+def _pack_single(packer: Packer, name: str, block: nn.Module, modulations: Modulations) -> SingleBlock:
+    attn, width = block.attn, block.attn.to_q.out_features
+    check_attention(f"{name}.attn", attn, PROCESSORS)
+    require(getattr(block.act_mlp, "approximate", None) == "tanh", f"{name}.act_mlp is not GELU in its tanh form")
+    dim = width // attn.heads
+    heads, feed = _split(f"{name}.proj_out", block.proj_out, width)
+    packed = SingleBlock(
+        modulations.add_linear(block.norm, attn.to_q.in_features),
+        pack_norm(f"{name}.norm", block.norm.norm),
+        packer.linear(f"{name}.attn.qkv", attn.to_q, attn.to_k, attn.to_v),
+        pack_head_norms(f"{name}.attn", attn, dim),
+        packer.linear(f"{name}.proj_mlp", block.proj_mlp),
+        packer.linear(f"{name}.proj_out (heads)", heads),
+        packer.linear(f"{name}.proj_out (mlp)", feed),
+        dim,
+        packer.mode.attention,
+    )
+    packer.give_up(block.proj_out)
+    return packed
+
+
+def _split(name: str, linear: nn.Linear, width: int) -> tuple[nn.Linear, nn.Linear]:
+    """Two layers whose sum a layer is: over the first `width` inputs, and over the others."""
+    check_plain(name, linear, nn.Linear)
+    parts = nn.Linear(1, 1, bias=False, device="meta"), nn.Linear(1, 1, bias=False, device="meta")
+    for part, weight in zip(parts, (linear.weight[:, :width], linear.weight[:, width:]), strict=True):
+        part.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    parts[1].bias = linear.bias
+    return parts
