@@ -10,10 +10,10 @@ namespace FASTDIFF_ISA {
 constexpr int64_t kRun = 1 << 12;    // elements of a row that are one task
 constexpr int64_t kAhead = 2 << 10;  // bytes that are fetched ahead of the arithmetic
 
-template <int kKind>
+template <int kType, int kKind>
 FASTDIFF_ALWAYS F32 activation(F32 x) {
-  if (kKind == kActivateGelu) return gelu(x);
-  return kKind == kActivateGeluTanh ? gelu_tanh(x) : silu(x);
+  if (kKind == kActivateGelu) return gelu_as<kType>(x);
+  return kKind == kActivateGeluTanh ? gelu_tanh_as<kType>(x) : silu_as<kType>(x);
 }
 
 template <int kType, int kKind, bool kGated>
@@ -27,7 +27,7 @@ static void run(const Activate& t) {
       const char* gate = x + (kGated ? t.n : 0) * size_of(kType);
       char* out = element(t.out, row * t.n + first, kType);
       auto at = [&](int64_t i, auto part) {
-        const F32 y = activation<kKind>(fetch(gate + i * size_of(kType), kType, part));
+        const F32 y = activation<kType, kKind>(fetch(gate + i * size_of(kType), kType, part));
         return kGated ? fetch(x + i * size_of(kType), kType, part) * y : y;
       };
       if (past) {

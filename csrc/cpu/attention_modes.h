@@ -12,14 +12,6 @@ namespace fastdiff {
 namespace FASTDIFF_ISA {
 namespace {
 
-FASTDIFF_ALWAYS F32 fused(F32 a, F32 b, F32 c) {
-#if defined(__FMA__)
-  return (F32)FASTDIFF_MM(fmadd_ps)((NativeF)a, (NativeF)b, (NativeF)c);
-#else
-  return a * b + c;
-#endif
-}
-
 // Where one is NaN, b.
 FASTDIFF_ALWAYS F32 larger(F32 a, F32 b) { return (F32)FASTDIFF_MM(max_ps)((NativeF)a, (NativeF)b); }
 FASTDIFF_ALWAYS F32 smaller(F32 a, F32 b) { return (F32)FASTDIFF_MM(min_ps)((NativeF)a, (NativeF)b); }

@@ -186,14 +186,14 @@ struct Scaled {
 
 template <int kOut>
 FASTDIFF_ALWAYS void finish(void* out, F32 y, const Scaled& s, bool past, Whole) {
-  if (s.silu) y = silu(y);
+  if (s.silu) y = silu_as<kOut>(y);
   if (kOut == kInt8) return put(out, y * s.inverse, kInt8, Whole());
   if (past) return put_past(out, y, kOut);
   put_result(out, y, kOut, Whole());
 }
 template <int kOut>
 FASTDIFF_ALWAYS void finish(void* out, F32 y, const Scaled& s, bool, Part part) {
-  if (s.silu) y = silu(y);
+  if (s.silu) y = silu_as<kOut>(y);
   put_result(out, kOut == kInt8 ? y * s.inverse : y, kOut, part);
 }
 

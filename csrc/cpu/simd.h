@@ -128,6 +128,12 @@ FASTDIFF_ALWAYS void store_float16(uint16_t* to, F32 value) {
 FASTDIFF_ALWAYS F32 load_float(const void* from, int type) {
   if (type == kFloat32) return load<F32>(from);
   if (type == kFloat16) return load_float16((const uint16_t*)from);
+#if defined(__AVX512BW__)
+  // one permutation puts every element in the upper half of its lane, and zeros below it
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i place = _mm512_slli_epi32(lane, 16);
+  return (F32)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, place, _mm512_castsi256_si512(load<__m256i>(from)));
+#endif
   return from_bfloat16(__builtin_convertvector(load<U16Half>(from), U32));
 }
 

@@ -1,8 +1,9 @@
-"""Prints one hash per op of what the CPU kernels compute: run it at several instruction sets and thread counts.
+"""Prints one hash per op and type of its results of what the CPU kernels compute: run it at several instruction sets and thread counts.
 
 Arguments: threads, then names of ops (default: all).
 """
 
+import collections
 import copy
 import hashlib
 import json
@@ -59,8 +60,13 @@ def main() -> None:
         torch.set_num_threads(int(sys.argv[1]))
     hashes = {}
     for op in [OPS[name] for name in sys.argv[2:] or OPS]:
-        if any(v.name == "cpu" for v in op.variants):
-            hashes[op.name] = digest([t for args in calls(op) for t in run(op, args)])
+        if not any(v.name == "cpu" for v in op.variants):
+            continue
+        results = collections.defaultdict(list)
+        for args in calls(op):
+            out = run(op, args)
+            results[f"{op.name} {str(out[0].dtype).removeprefix('torch.')}"] += out
+        hashes |= {name: digest(tensors) for name, tensors in results.items()}
     print(json.dumps({"isa": native.cpu().isa(), "hashes": hashes}))
 
 
