@@ -48,7 +48,7 @@ def reference_digest() -> dict:
 # matrix products use fused multiply-add where the level has it; their integer sums have tests of their own. Activations
 # that bfloat16 rounds have a shorter way on AVX512.
 ACTIVATED = tuple(f"{name} bfloat16" for name in ("activate", "geglu", "group_norm", "group_norm_nchw"))
-OF_LEVEL = ("linear", "conv2d", "attention", *ACTIVATED)
+OF_LEVEL = ("linear", "conv2d", "depthwise_conv2d", "attention", *ACTIVATED)
 
 
 @pytest.mark.parametrize("isa", LEVELS)

@@ -5,6 +5,7 @@ from fastdiff.ops.attention import attention, attention_lse
 from fastdiff.ops.conv2d import conv2d
 from fastdiff.ops.conv2d_w8a8 import conv2d_w8a8
 from fastdiff.ops.copy import copy
+from fastdiff.ops.depthwise_conv2d import depthwise_conv2d
 from fastdiff.ops.gated_norm_modulate import gated_norm_modulate
 from fastdiff.ops.geglu import geglu
 from fastdiff.ops.gram import gram
@@ -12,6 +13,7 @@ from fastdiff.ops.group_norm import group_norm
 from fastdiff.ops.group_norm_nchw import group_norm_nchw
 from fastdiff.ops.join_heads import join_heads
 from fastdiff.ops.linear import linear
+from fastdiff.ops.linear_attention import linear_attention
 from fastdiff.ops.linear_w4a8 import linear_w4a8
 from fastdiff.ops.linear_w4a16 import linear_w4a16
 from fastdiff.ops.linear_w8a8 import linear_w8a8
@@ -36,6 +38,7 @@ __all__ = [
     "conv2d",
     "conv2d_w8a8",
     "copy",
+    "depthwise_conv2d",
     "gated_norm_modulate",
     "geglu",
     "gram",
@@ -43,6 +46,7 @@ __all__ = [
     "group_norm_nchw",
     "join_heads",
     "linear",
+    "linear_attention",
     "linear_w4a8",
     "linear_w4a16",
     "linear_w8a8",

@@ -37,6 +37,8 @@ def large_calls(name: str) -> list[tuple]:
         "group_norm_nchw": [
             (normal(3, 96, 33, 31), 32, *vectors(2, 96), 1e-5, "silu", None, None, None, torch.bfloat16)
         ],
+        "depthwise_conv2d": [(normal(2, 19, 67, 150), normal(9, 150), normal(150), "swiglu", torch.float32)],
+        "linear_attention": [(*normal(2, 301, 3, 5, 40).unbind(2), 1e-15)],
         "quantize_rows": [(normal(301, 777),)],
         "activate": [(normal(301, 777), kind) for kind in ("gelu", "gelu_tanh", "silu")],
         "geglu": [(normal(301, 778), kind) for kind in ("geglu", "geglu_tanh", "swiglu")],
