@@ -22,6 +22,10 @@ _LTX = dict(
     in_channels=8, out_channels=8, num_attention_heads=4, attention_head_dim=10, cross_attention_dim=40, num_layers=2,
     caption_channels=TEXT,
 )  # fmt: skip
+_SANA = dict(
+    in_channels=4, out_channels=4, num_attention_heads=3, attention_head_dim=16, num_layers=2, num_cross_attention_heads=2,
+    cross_attention_head_dim=24, cross_attention_dim=48, caption_channels=TEXT, mlp_ratio=1.5, sample_size=8, patch_size=1,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,10 @@ def _video(rows, size, generator) -> dict:
     return call
 
 
+def _guided(rows, size, generator) -> dict:
+    return _image(rows, size, generator) | {"guidance": torch.tensor([0.45, 0.1, 0.9, 0.2])[:rows]}
+
+
 def _tokens(rows, size, generator) -> dict:
     frames, height, width = size
     sample = torch.randn(rows, frames * height * width, 8, generator=generator)
@@ -113,7 +121,17 @@ NETWORKS = {
     "wan": Network("WanTransformer3DModel", _WAN, _video, ((3, 6, 8), (1, 2, 10))),
     "wan-unnormed": Network("WanTransformer3DModel", _WAN, _video, ((2, 4, 4),), {"cross_attn_norm": False}),
     "ltx": Network("LTXVideoTransformer3DModel", _LTX, _tokens, ((3, 2, 5), (1, 1, 7))),
-    "ltx-placed": Network("LTXVideoTransformer3DModel", _LTX, _placed, ((2, 3, 4),), {"norm_elementwise_affine": True}),
+    "ltx-placed": Network(
+        "LTXVideoTransformer3DModel", _LTX, _placed, ((2, 3, 4),), {"norm_elementwise_affine": True}
+    ),
+    "sana": Network("SanaTransformer2DModel", _SANA, _image, ((8, 8), (5, 7))),
+    "sana-guided": Network(
+        "SanaTransformer2DModel",
+        _SANA,
+        _guided,
+        ((4, 6),),
+        {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads", "interpolation_scale": 1},
+    ),
 }
 
 

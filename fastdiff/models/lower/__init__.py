@@ -4,6 +4,7 @@ from fastdiff.models.lower.dit import lower_dit
 from fastdiff.models.lower.flux import lower_flux
 from fastdiff.models.lower.ltx import lower_ltx
 from fastdiff.models.lower.pixart import lower_pixart
+from fastdiff.models.lower.sana import lower_sana
 from fastdiff.models.lower.sd3 import lower_sd3
 from fastdiff.models.lower.unet import lower_unet
 from fastdiff.models.lower.wan import lower_wan
@@ -15,6 +16,7 @@ FAMILIES = {
     "LTXVideoTransformer3DModel": lower_ltx,
     "PixArtTransformer2DModel": lower_pixart,
     "SD3Transformer2DModel": lower_sd3,
+    "SanaTransformer2DModel": lower_sana,
     "UNet": lower_unet,
     "UNet2DModel": lower_unet,
     "UNet2DConditionModel": lower_unet,

@@ -45,8 +45,11 @@ class SelfAttention:
         q, k, v = (t.unflatten(2, (self.heads, -1)) for t in (q, k, v))
         if around.rotation is not None:
             q, k = (_rotated(t, *around.rotation) for t in (q, k))
-        h = ops.attention(q, k, v, None, None, q.shape[-1] ** -0.5, self.precision)
-        return self.out(h.flatten(2), gate=gate, residual=x, out_dtype=torch.float32)
+        return self.out(self.mix(q, k, v).flatten(2), gate=gate, residual=x, out_dtype=torch.float32)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`[B, N, H, D]` queries, keys and values to what each query sees."""
+        return ops.attention(q, k, v, None, None, q.shape[-1] ** -0.5, self.precision)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -109,11 +112,13 @@ class ContextBlock:
         return self.feed(*self.norms[1](x, self.feed.first, shift_feed, scale_feed), gate_feed, x, around)
 
 
-def pack_self(packer: Packer, name: str, attention: nn.Module) -> SelfAttention:
+def pack_self(
+    packer: Packer, name: str, attention: nn.Module, kind: type[SelfAttention] = SelfAttention
+) -> SelfAttention:
     """Packs attention among tokens."""
     qkv = packer.linear(f"{name}.qkv", attention.to_q, attention.to_k, attention.to_v)
     out = packer.linear(f"{name}.to_out.0", attention.to_out[0])
-    return SelfAttention(qkv, _pack_norms(name, attention), out, attention.heads, packer.mode.attention)
+    return kind(qkv, _pack_norms(name, attention), out, attention.heads, packer.mode.attention)
 
 
 def pack_cross(packer: Packer, name: str, attention: nn.Module, norm: TokenNorm | None) -> CrossAttention:
