@@ -19,14 +19,14 @@ Tensor = torch.Tensor
 class Surroundings:
     """What all blocks of one forward take besides their tokens.
 
-    bias      `[B, 1, 1, M]`, added to the scores of the context, or None
+    grid      how the tokens lie: height and width, or what else a family has
+    mask      `[B, 1, M]`, added to the scores of the context, or None
     rotation  cosines and sines of queries and keys, `[N, D]` or, where heads turn differently, `[B, N, C]`, or None
-    grid      height and width of the tokens as an image
     """
 
-    bias: Tensor | None
-    rotation: tuple[Tensor, Tensor] | None
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
+    mask: Tensor | None = None
+    rotation: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class CrossAttention:
         q = self.q(h, x_scale=h_scale)
         q = q if self.norms[0] is None else self.norms[0].plain(q)
         q, k, v = (t.unflatten(2, (self.heads, -1)) for t in (q, k, v))
-        h = ops.attention(q, k, v, around.bias, None, q.shape[-1] ** -0.5, self.precision)
+        mask = None if around.mask is None else around.mask[:, None]
+        h = ops.attention(q, k, v, mask, None, q.shape[-1] ** -0.5, self.precision)
         return self.out(h.flatten(2), residual=x, out_dtype=torch.float32)
 
 

@@ -12,13 +12,13 @@ from fastdiff.models.lower.heads import pack_feed_forward, pack_norm
 from fastdiff.models.lower.layers import Packer
 from fastdiff.models.lower.lowered import Call, only_defaults, require, rows_of_time
 from fastdiff.models.lower.structure import Structure
-from fastdiff.models.lower.trunk import FIRST, LAST, Trunk, mask_of, modulations, wrap_output
+from fastdiff.models.lower.trunk import FIRST, LAST, ContextModel, Trunk, modulations, wrap_output
 from fastdiff.temporal import TemporalTable
 
 Tensor = torch.Tensor
 
 
-class LoweredLTX:
+class LoweredLTX(ContextModel):
     """An LTX-Video transformer in packed weights.
 
     The angles of its rotations follow from coordinates that come with each call, whatever the shape of the sample: they
@@ -66,7 +66,7 @@ class LoweredLTX:
         text = read_text(encoder_hidden_states, encoder_attention_mask, rows, self._text_width)
         rotation = self._rotation(sample, (num_frames, height, width), rope_interpolation_scale, video_coords)
         temporal = (rows_of_time(timestep, rows),)
-        return Call(sample, temporal, (*rotation, *text), wrap_output(self._module, return_dict))
+        return Call(sample, temporal, (*text, *rotation), wrap_output(self._module, return_dict))
 
     def _rotation(
         self, sample: Tensor, size: tuple, spacing: Sequence[float | Tensor] | None, coordinates: Tensor | None
@@ -85,19 +85,19 @@ class LoweredLTX:
     def prepare(self, call: Call) -> None:
         """Nothing depends on the shapes alone."""
 
-    def encode(self, cos: Tensor, sin: Tensor, text: Tensor, *mask: Tensor) -> tuple[Tensor, ...]:
-        """The rotation, keys and values of every block, and the mask."""
-        return (cos, sin, *self._trunk.encode(text), *mask)
+    def _enter(self, sample: Tensor) -> Tensor:
+        return self._embed(sample, out_dtype=torch.float32)
 
-    def body(self, sample: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, *encoded: Tensor) -> Tensor:
-        """`[B, N, C]`, the modulations and the encoded context to `[B, N, C']` in the sample's dtype."""
-        around = Surroundings(mask_of(encoded, len(self._trunk.blocks)), (cos, sin), (1, sample.shape[1]))
-        x = self._trunk(self._embed(sample, out_dtype=torch.float32), rows, encoded, around)
+    def _leave(self, x: Tensor, sample: Tensor) -> Tensor:
         return self._final(x, out_dtype=sample.dtype)
+
+    def _around(self, grid: tuple[int, ...], given: tuple[Tensor, ...]) -> Surroundings:
+        *mask, cos, sin = given
+        return Surroundings(grid, mask[0] if mask else None, (cos, sin))
 
     def _modulations(self, t: Tensor) -> Tensor:
         module = self._module
-        six, embedded = module.time_embed(t, batch_size=t.shape[0], hidden_dtype=module.proj_in.weight.dtype)
+        six, embedded = module.time_embed(t, batch_size=t.shape[0], hidden_dtype=module.scale_shift_table.dtype)
         return modulations(module.transformer_blocks, module, six, embedded)
 
 

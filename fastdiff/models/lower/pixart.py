@@ -4,21 +4,21 @@ import torch
 from torch import nn
 
 from fastdiff.models.lower.attention_checks import check_attention
-from fastdiff.models.lower.context import FLOATS, pack_caption, read_text
-from fastdiff.models.lower.context_block import ContextBlock, Surroundings, pack_cross, pack_self
+from fastdiff.models.lower.context import pack_caption, read_text
+from fastdiff.models.lower.context_block import ContextBlock, pack_cross, pack_self
+from fastdiff.models.lower.context_image import ImageModel
 from fastdiff.models.lower.heads import pack_feed_forward, pack_norm
 from fastdiff.models.lower.layers import Packer
 from fastdiff.models.lower.lowered import Call, only_defaults, require, rows_of_time
-from fastdiff.models.lower.patches import Positions, patchify, unpatchify
 from fastdiff.models.lower.structure import Structure
-from fastdiff.models.lower.trunk import FIRST, LAST, Trunk, mask_of, modulations, wrap_output
+from fastdiff.models.lower.trunk import Trunk, modulations, wrap_output
 from fastdiff.temporal import TemporalTable
 
 Tensor = torch.Tensor
 _PROCESSORS = {"AttnProcessor", "AttnProcessor2_0"}
 
 
-class LoweredPixArt:
+class LoweredPixArt(ImageModel):
     """A PixArt in packed weights. Its modulations are rows of the temporal table; 1024-pixel models of PixArt-Alpha also
     take the resolution and the aspect ratio of the image, which are part of the row."""
 
@@ -26,9 +26,7 @@ class LoweredPixArt:
         self.record = packer.record
         self._module = module
         self._structure = Structure(module)
-        self._patch = module.pos_embed.proj.kernel_size[0]
-        self._positions = Positions(module.pos_embed)
-        self._embed = packer.linear("pos_embed.proj", module.pos_embed.proj, precise=FIRST)
+        super().__init__(module, packer, "pos_embed")
         caption = module.caption_projection
         self._text_width = module.transformer_blocks[0].attn2.to_k.in_features
         if caption is not None:
@@ -37,7 +35,6 @@ class LoweredPixArt:
         blocks = enumerate(module.transformer_blocks)
         packed = tuple(_pack_block(packer, f"transformer_blocks.{i}", block) for i, block in blocks)
         self._trunk = Trunk(caption, None, packed, module.norm_out.eps)
-        self._final = packer.linear("proj_out", module.proj_out, precise=LAST)
         self.temporal = TemporalTable(self._modulations, exact=exact_time)
         packer.record.add("adaln_single", "temporal table", "depends on the timestep only")
 
@@ -55,10 +52,8 @@ class LoweredPixArt:
         """The arguments of diffusers' forward."""
         self._structure.check()
         only_defaults(cross_attention_kwargs=cross_attention_kwargs, attention_mask=attention_mask)
-        sample, channels = hidden_states, self._module.pos_embed.proj.in_channels
-        require(sample.dim() == 4 and sample.shape[1] == channels, f"sample: [B, {channels}, H, W] is needed")
-        require(sample.dtype in FLOATS, f"sample is {sample.dtype}")
-        require(all(n % self._patch == 0 for n in sample.shape[2:]), f"sizes are not multiples of {self._patch}")
+        sample = hidden_states
+        self._check(sample)
         rows = sample.shape[0]
         text = read_text(encoder_hidden_states, encoder_attention_mask, rows, self._text_width)
         temporal = (rows_of_time(timestep, rows), *self._conditions(added_cond_kwargs or {}, rows))
@@ -73,29 +68,10 @@ class LoweredPixArt:
             require(fits, f"added_cond_kwargs: resolution and aspect_ratio of {rows} rows are needed")
         return given
 
-    def prepare(self, call: Call) -> None:
-        self._positions.prepare(call.sample.shape[0], *self._grid(call.sample))
-
-    def encode(self, text: Tensor, *mask: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of every block, and the mask."""
-        return (*self._trunk.encode(text), *mask)
-
-    def body(self, sample: Tensor, rows: Tensor, *encoded: Tensor) -> Tensor:
-        """`[B, C, H, W]`, the modulations and the encoded text to `[B, C', H, W]` in the sample's dtype."""
-        grid = self._grid(sample)
-        positions = self._positions.table(sample.shape[0], *grid)
-        x = self._embed(patchify(sample, self._patch), residual=positions, out_dtype=torch.float32)
-        around = Surroundings(mask_of(encoded, len(self._trunk.blocks)), None, grid)
-        x = self._final(self._trunk(x, rows, encoded, around), out_dtype=torch.float32)
-        return unpatchify(x, self._patch, sample.shape[2:], sample.dtype)
-
-    def _grid(self, sample: Tensor) -> tuple[int, int]:
-        return sample.shape[2] // self._patch, sample.shape[3] // self._patch
-
     def _modulations(self, t: Tensor, *conditions: Tensor) -> Tensor:
         module = self._module
         added = dict(zip(("resolution", "aspect_ratio"), conditions, strict=False)) or None
-        dtype = module.proj_out.weight.dtype
+        dtype = module.scale_shift_table.dtype
         six, embedded = module.adaln_single(t, added, batch_size=t.shape[0], hidden_dtype=dtype)
         return modulations(module.transformer_blocks, module, six, embedded)
 

@@ -7,14 +7,14 @@ from torch import nn
 
 from fastdiff import ops
 from fastdiff.models.lower.attention_checks import check_attention
-from fastdiff.models.lower.context import FLOATS, pack_caption, read_text
+from fastdiff.models.lower.context import pack_caption, read_text
 from fastdiff.models.lower.context_block import ContextBlock, SelfAttention, Surroundings, pack_cross, pack_self
+from fastdiff.models.lower.context_image import ImageModel
 from fastdiff.models.lower.heads import pack_norm
 from fastdiff.models.lower.layers import PackedLinear, Packer
 from fastdiff.models.lower.lowered import Call, only_defaults, require, rows_of_time
-from fastdiff.models.lower.patches import Positions, patchify, unpatchify
 from fastdiff.models.lower.structure import Structure
-from fastdiff.models.lower.trunk import FIRST, LAST, Trunk, mask_of, modulations, wrap_output
+from fastdiff.models.lower.trunk import Trunk, modulations, wrap_output
 from fastdiff.models.lower.unet_blocks import as_float
 from fastdiff.temporal import TemporalTable
 
@@ -44,23 +44,20 @@ class GatedConv:
         return self.second(h, gate=gate, residual=x, out_dtype=torch.float32)
 
 
-class LoweredSana:
+class LoweredSana(ImageModel):
     """A Sana in packed weights; models that take a guidance scale have it in the rows of their temporal table."""
 
     def __init__(self, module: nn.Module, packer: Packer, exact_time: bool) -> None:
         self.record = packer.record
         self._module = module
         self._structure = Structure(module)
-        self._patch = module.patch_embed.proj.kernel_size[0]
-        self._positions = Positions(module.patch_embed)
-        self._embed = packer.linear("patch_embed.proj", module.patch_embed.proj, precise=FIRST)
+        super().__init__(module, packer, "patch_embed")
         self._text_width = module.caption_projection.linear_1.in_features
         caption = pack_caption(packer, "caption_projection", module.caption_projection)
         blocks = enumerate(module.transformer_blocks)
         packed = tuple(_pack_block(packer, f"transformer_blocks.{i}", block) for i, block in blocks)
         caption_norm = pack_norm("caption_norm", module.caption_norm)
         self._trunk = Trunk(caption, caption_norm, packed, module.norm_out.norm.eps)
-        self._final = packer.linear("proj_out", module.proj_out, precise=LAST)
         self.temporal = TemporalTable(self._modulations, exact=exact_time)
         packer.record.add("time_embed", "temporal table", "depends on the timestep only")
 
@@ -79,10 +76,8 @@ class LoweredSana:
         """The arguments of diffusers' forward. Its blocks have no use for `attention_mask`."""
         self._structure.check()
         only_defaults(attention_kwargs=attention_kwargs, controlnet_block_samples=controlnet_block_samples)
-        sample, channels = hidden_states, self._module.patch_embed.proj.in_channels
-        require(sample.dim() == 4 and sample.shape[1] == channels, f"sample: [B, {channels}, H, W] is needed")
-        require(sample.dtype in FLOATS, f"sample is {sample.dtype}")
-        require(all(n % self._patch == 0 for n in sample.shape[2:]), f"sizes are not multiples of {self._patch}")
+        sample = hidden_states
+        self._check(sample)
         rows = sample.shape[0]
         wanted = hasattr(self._module.time_embed, "guidance_embedder")
         require(wanted == (guidance is not None), "guidance is needed" if wanted else "guidance has no use")
@@ -90,27 +85,8 @@ class LoweredSana:
         temporal = tuple(rows_of_time(t, rows) for t in ((timestep, guidance) if wanted else (timestep,)))
         return Call(sample, temporal, text, wrap_output(self._module, return_dict))
 
-    def prepare(self, call: Call) -> None:
-        self._positions.prepare(call.sample.shape[0], *self._grid(call.sample))
-
-    def encode(self, text: Tensor, *mask: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of every block, and the mask."""
-        return (*self._trunk.encode(text), *mask)
-
-    def body(self, sample: Tensor, rows: Tensor, *encoded: Tensor) -> Tensor:
-        """`[B, C, H, W]`, the modulations and the encoded text to `[B, C', H, W]` in the sample's dtype."""
-        grid = self._grid(sample)
-        positions = self._positions.table(sample.shape[0], *grid)
-        x = self._embed(patchify(sample, self._patch), residual=positions, out_dtype=torch.float32)
-        around = Surroundings(mask_of(encoded, len(self._trunk.blocks)), None, grid)
-        x = self._final(self._trunk(x, rows, encoded, around), out_dtype=torch.float32)
-        return unpatchify(x, self._patch, sample.shape[2:], sample.dtype)
-
-    def _grid(self, sample: Tensor) -> tuple[int, int]:
-        return sample.shape[2] // self._patch, sample.shape[3] // self._patch
-
     def _modulations(self, t: Tensor, *guidance: Tensor) -> Tensor:
-        module, dtype = self._module, self._module.proj_out.weight.dtype
+        module, dtype = self._module, self._module.scale_shift_table.dtype
         more = {"guidance": guidance[0]} if guidance else {"batch_size": t.shape[0]}
         six, embedded = module.time_embed(t, **more, hidden_dtype=dtype)
         return modulations(module.transformer_blocks, module, six, embedded)

@@ -11,13 +11,13 @@ from fastdiff.models.lower.layers import Packer
 from fastdiff.models.lower.lowered import Call, only_defaults, require, rows_of_time
 from fastdiff.models.lower.patches import patchify, unpatchify
 from fastdiff.models.lower.structure import Structure
-from fastdiff.models.lower.trunk import FIRST, LAST, Trunk, modulations, wrap_output
+from fastdiff.models.lower.trunk import FIRST, LAST, ContextModel, Trunk, modulations, wrap_output
 from fastdiff.temporal import TemporalTable
 
 Tensor = torch.Tensor
 
 
-class LoweredWan:
+class LoweredWan(ContextModel):
     """A Wan transformer in packed weights.
 
     Patches span one frame, so that a video is an image whose frames lie below each other.
@@ -68,26 +68,25 @@ class LoweredWan:
             cos, sin = self._module.rope(call.sample[:1])
             self._rotations = {grid: (cos[0, :, 0].float(), sin[0, :, 0].float())}  # programs keep what they read
 
-    def encode(self, text: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of every block."""
-        return self._trunk.encode(text)
+    def _enter(self, sample: Tensor) -> Tensor:
+        patches = patchify(sample.flatten(2, 3), self._patch)
+        return self._embed(patches, out_dtype=torch.float32).unflatten(1, self._grid(sample))
 
-    def body(self, sample: Tensor, rows: Tensor, *encoded: Tensor) -> Tensor:
-        """`[B, C, F, H, W]`, the modulations and the encoded text to `[B, C', F, H, W]` in the sample's dtype."""
-        frames, h, w = grid = self._grid(sample)
+    def _leave(self, x: Tensor, sample: Tensor) -> Tensor:
         tall = sample.flatten(2, 3)
-        around = Surroundings(None, self._rotations[grid], (frames * h, w))
-        x = self._embed(patchify(tall, self._patch), out_dtype=torch.float32)
-        x = self._final(self._trunk(x, rows, encoded, around), out_dtype=torch.float32)
-        return unpatchify(x, self._patch, tall.shape[2:], sample.dtype).unflatten(2, (frames, -1))
+        x = unpatchify(self._final(x, out_dtype=torch.float32), self._patch, tall.shape[2:], sample.dtype)
+        return x.unflatten(2, (sample.shape[2], -1))
+
+    def _around(self, grid: tuple[int, ...], given: tuple[Tensor, ...]) -> Surroundings:
+        return Surroundings(grid, None, self._rotations[tuple(grid)])
 
     def _grid(self, sample: Tensor) -> tuple[int, int, int]:
         return sample.shape[2], sample.shape[3] // self._patch, sample.shape[4] // self._patch
 
     def _modulations(self, t: Tensor) -> Tensor:
         module, embedder = self._module, self._module.condition_embedder
-        features = embedder.timesteps_proj(t).to(embedder.time_embedder.linear_1.weight.dtype)
-        embedded = embedder.time_embedder(features).to(embedder.time_proj.weight.dtype)
+        own = next(embedder.time_embedder.parameters(), module.scale_shift_table).dtype
+        embedded = embedder.time_embedder(embedder.timesteps_proj(t).to(own)).to(module.patch_embedding.weight.dtype)
         return modulations(module.blocks, module, embedder.time_proj(embedder.act_fn(embedded)), embedded)
 
 
