@@ -26,6 +26,7 @@ class TemporalTable:
         self._exact = exact
         self._max_bytes = max_bytes
         self._rows: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self.before: Callable[[Tensor], None] | None = None  # told the timesteps of rows that `compute` is called for
         self.computed = 0
 
     @property
@@ -75,7 +76,10 @@ class TemporalTable:
         size = len(wanted) if self._exact else _ROWS_AT_ONCE
         for part in _parts(wanted, size):
             index = torch.tensor(part)
-            computed = self._compute(*(tensor.index_select(0, index) for tensor in inputs)).float()
+            chosen = [tensor.index_select(0, index) for tensor in inputs]
+            if self.before is not None:
+                self.before(chosen[0])
+            computed = self._compute(*chosen).float()
             self.computed += len(part)
             found |= {keys[position]: row.clone() for position, row in zip(part, computed, strict=True)}
         rows = [found[key] for key in keys]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastdiff import ops
+from fastdiff.models.lower.coded_layers import CodedPacker, StepRanges, is_coded
 from fastdiff.models.lower.record import Mode, Record, UnsupportedError
 from fastdiff.ops.packing import conv_weight_sums, interleave, pack, pack_conv
 
@@ -106,6 +107,8 @@ class Packer:
         self._spared = spared or {}
         self._keep_original = keep_original or dry
         self._dry = dry
+        self.ranges = StepRanges()
+        self.coded = CodedPacker(mode, record, self.ranges)
 
     def linear(
         self, name: str, *linears: nn.Linear, pairs: bool = False, spare: str = "", precise: str = ""
@@ -117,6 +120,8 @@ class Packer:
         spare    why the weights stay in floating point, in a mode that quantizes
         precise  why the weights are float32, in every mode
         """
+        if any(map(is_coded, linears)):
+            return self.coded.linear(name, *linears, pairs=pairs, once=bool(spare))
         for layer in linears:
             check_plain(name, layer, type(layer) if _is_patchwise(layer) else nn.Linear)
         device = "meta" if self._dry else "cpu"
@@ -150,6 +155,8 @@ class Packer:
         padding         left, right, top, bottom, where it differs from the layer's own
         spare, precise  as in `linear`
         """
+        if is_coded(conv):
+            return self.coded.conv(name, conv, channels, padding, upsample)
         check_plain(name, conv, nn.Conv2d)
         flat = conv.weight.detach().to("meta" if self._dry else "cpu").float().flatten(1)
         form = self._format(name, spare, precise)

@@ -24,6 +24,8 @@ class Structure:
         self._hooks = [hooks for child in inner for hooks in (child._forward_hooks, child._forward_pre_hooks)]
         self._attentions = [child.__dict__ for child in inner if "processor" in child.__dict__]
         self._processors = [attention["processor"] for attention in self._attentions]
+        self._coded = [child.__dict__ for child in inner if "revision" in child.__dict__]  # quantized layers
+        self._revisions = [layer["revision"] for layer in self._coded]
         self._dropouts = [child for child in inner if isinstance(child, nn.Dropout) and child.p > 0]
         self.check()
 
@@ -35,5 +37,7 @@ class Structure:
             raise UnsupportedError("a submodule has hooks or a forward of its own")
         if [attention["processor"] for attention in self._attentions] != self._processors:
             raise UnsupportedError("attention processors were replaced after lowering")
+        if [layer["revision"] for layer in self._coded] != self._revisions:
+            raise UnsupportedError("quantized layers were changed after lowering")
         if any(dropout.training for dropout in self._dropouts):
             raise UnsupportedError("dropout is active")

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastdiff import ops
+from fastdiff.models.lower.coded_layers import is_coded
 from fastdiff.models.lower.layers import PackedConv, PackedLinear, Packer
 from fastdiff.models.lower.lowered import require
 
@@ -146,6 +147,8 @@ def pack_conv(
 
 def check_conv(name: str, conv: nn.Conv2d) -> None:
     """Raises UnsupportedError for a convolution that the kernels don't know."""
+    if is_coded(conv):
+        return
     plain = type(conv) is nn.Conv2d and conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
     require(plain and not isinstance(conv.padding, str), f"{name} is not a plain convolution")
     require(len(set(conv.kernel_size)) == len(set(conv.stride)) == 1, f"{name} has a kernel that is not square")

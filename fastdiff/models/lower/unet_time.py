@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastdiff.models.embeddings import timestep_sinusoid
+from fastdiff.models.lower.coded_layers import is_coded
 from fastdiff.models.lower.lowered import require
 
 Tensor = torch.Tensor
@@ -67,7 +68,8 @@ class UNetTime:
         else:
             width = config.block_out_channels[0]
             features = timestep_sinusoid(t, width, config.flip_sin_to_cos, config.freq_shift)
-        return features.to(module.time_embedding.linear_1.weight.dtype)
+        first = module.time_embedding.linear_1
+        return features.to(torch.float32 if is_coded(first) else first.weight.dtype)
 
     def _with_class(self, emb: Tensor, labels: Tensor) -> Tensor:
         if self._class_type == "timestep":

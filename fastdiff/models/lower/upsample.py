@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastdiff import ops
+from fastdiff.models.lower.coded_layers import FusedUpsample, is_coded
 from fastdiff.models.lower.layers import PackedConv, Packer
 
 Tensor = torch.Tensor
@@ -38,8 +39,10 @@ class PackedUpsample:
         return ops.copy(pixels, out.dtype).view(B, *size, n)
 
 
-def pack_upsample(packer: Packer, name: str, conv: nn.Conv2d, crops: bool) -> PackedUpsample:
+def pack_upsample(packer: Packer, name: str, conv: nn.Conv2d, crops: bool) -> PackedUpsample | FusedUpsample:
     """Packs a plain convolution of 3 x 3 with padding 1."""
+    if is_coded(conv):  # codes of sums of weights would be others
+        return FusedUpsample(packer.conv(name, conv, upsample=2), packer.conv(f"{name} (cropped)", conv))
     phases = nn.Conv2d(
         conv.in_channels, 4 * conv.out_channels, 2, padding=1, bias=conv.bias is not None, device="meta"
     )
