@@ -149,6 +149,8 @@ def _pack_text(packer: Packer, name: str, block: nn.Module, modulations: Modulat
     ends = getattr(block, "context_pre_only", False)
     layers = ([] if ends else [attn.add_q_proj]) + [attn.add_k_proj, attn.add_v_proj]
     dim = attn.to_q.out_features // attn.heads
+    if ends:  # nothing reads what its queries would find
+        packer.give_up(attn.add_q_proj)
     return Stream(
         modulations.add_linear(norm, attn.add_k_proj.in_features),
         pack_norm(f"{name}.norm1_context", norm.norm),
