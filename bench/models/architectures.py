@@ -68,6 +68,48 @@ def ddpm() -> nn.Module:
     )
 
 
+def pixart_sigma(blocks: int, size: int) -> nn.Module:
+    from diffusers import PixArtTransformer2DModel
+
+    return PixArtTransformer2DModel(
+        num_attention_heads=16,
+        attention_head_dim=72,
+        in_channels=4,
+        out_channels=8,
+        num_layers=blocks,
+        cross_attention_dim=1152,
+        caption_channels=4096,
+        sample_size=size,
+        use_additional_conditions=False,
+    )
+
+
+def wan(blocks: int) -> nn.Module:
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        num_attention_heads=12, attention_head_dim=128, text_dim=4096, ffn_dim=8960, num_layers=blocks
+    )
+
+
+def ltx(blocks: int) -> nn.Module:
+    from diffusers import LTXVideoTransformer3DModel
+
+    return LTXVideoTransformer3DModel(num_layers=blocks)
+
+
+def sana(blocks: int) -> nn.Module:
+    from diffusers import SanaTransformer2DModel
+
+    return SanaTransformer2DModel(
+        num_attention_heads=36,
+        num_layers=blocks,
+        num_cross_attention_heads=16,
+        cross_attention_head_dim=72,
+        cross_attention_dim=1152,
+    )
+
+
 def bundled(name: str) -> nn.Module:
     from fastdiff.models.load import load_model
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from bench.models.architectures import bundled, ddpm, dit, sd15, seeded
+from bench.models.architectures import bundled, ddpm, dit, ltx, pixart_sigma, sana, sd15, seeded, wan
 
 NULL_LABEL = 10  # of the bundled DiT
 
@@ -54,8 +54,13 @@ def _labels(classes: int) -> Callable:
     return lambda batch, generator: torch.arange(batch) % classes
 
 
-def _text(batch: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(batch, 77, 768, generator=generator)
+def _text(tokens: int, width: int) -> Callable:
+    return lambda batch, generator: torch.randn(batch, tokens, width, generator=generator)
+
+
+def _mask(tokens: int, *counted: int) -> Callable:
+    """1 for the tokens of a text that count: a prompt's, and those of an empty one."""
+    return lambda batch, generator: (torch.arange(tokens) < torch.tensor(counted)[:, None]).float()
 
 
 def _call_dit(module, x, t, y):
@@ -64,6 +69,16 @@ def _call_dit(module, x, t, y):
 
 def _call_unet(module, x, t, *text):
     return module(x, t, *text, return_dict=False)[0]
+
+
+def _call_masked(module, x, t, text, mask):
+    call = {"timestep": t, "encoder_hidden_states": text, "encoder_attention_mask": mask}
+    return module(x, **call, return_dict=False)[0]
+
+
+def _call_ltx(module, x, t, text, mask):
+    place = {"num_frames": 2, "height": 12, "width": 16, "rope_interpolation_scale": (8 / 25, 32, 32)}
+    return module(x, text, t, mask, **place, return_dict=False)[0]
 
 
 def _call_plain(module, *inputs):
@@ -79,7 +94,7 @@ def _make_dit(name: str, *sizes: int) -> Workload:
 
 def _make_sd15(size: int) -> Workload:
     build = functools.partial(seeded, sd15)
-    inputs = _latents((2, 4, size, size), _text)
+    inputs = _latents((2, 4, size, size), _text(77, 768))
     return Workload(
         f"sd15_{size}", build, inputs, _call_unet, "channels", "sd15_b2", traced_from="sd15_32", calibration=2
     )
@@ -107,6 +122,36 @@ def _make_bundled(kind: str, batch: int, sampling: bool = False) -> Workload:
     )
 
 
+def _make_context(name: str, build: Callable, inputs: Callable, call: Callable) -> Workload:
+    """Transformers with a context at their published widths; the name says how few of their blocks."""
+    return Workload(name, functools.partial(seeded, build), inputs, call, "tokens", name, calibration=2)
+
+
+def _contexts() -> tuple[Workload, ...]:
+    """PixArt-Sigma at 256 pixels, Sana 0.6B at 1024, Wan 1.3B and LTX-Video 2B on short videos."""
+    masked = lambda tokens, width: (_text(tokens, width), _mask(tokens, 20, 1))
+    return (
+        _make_context(
+            "pixart_sigma_8blocks",
+            functools.partial(pixart_sigma, 8, 32),
+            _latents((2, 4, 32, 32), *masked(300, 4096)),
+            _call_masked,
+        ),
+        _make_context(
+            "sana_small_4blocks",
+            functools.partial(sana, 4),
+            _latents((2, 32, 32, 32), *masked(300, 2304)),
+            _call_masked,
+        ),
+        _make_context(
+            "wan_small_3blocks", functools.partial(wan, 3), _latents((1, 16, 3, 32, 48), _text(512, 4096)), _call_unet
+        ),
+        _make_context(
+            "ltx_small_3blocks", functools.partial(ltx, 3), _latents((2, 384, 128), *masked(128, 4096)), _call_ltx
+        ),
+    )
+
+
 _ALL = (
     _make_dit("dit_tiny", 4, 64, 4, 16, 10),
     _make_dit("dit_s2", 6, 64, 12, 32, 1000),
@@ -115,6 +160,7 @@ _ALL = (
     _make_sd15(32),
     _make_sd15(64),
     *(_make_ddpm(batch) for batch in (1, 8)),
+    *_contexts(),
     *(_make_bundled(kind, batch) for kind in ("dit", "unet") for batch in (1, 16)),
     *(_make_bundled(kind, batch, sampling=True) for kind in ("dit", "unet") for batch in (1, 16)),
 )
