@@ -190,6 +190,33 @@ def _(q, k, v, mask, key_lengths, scale, precision):
     return out, lse
 
 
+def _refuse_triton(q, k, v, mask, key_lengths, scale, precision) -> str | None:
+    from fastdiff.kernels.attention_launch import MAX_HEAD_DIM
+
+    if q.shape[3] > MAX_HEAD_DIM:
+        return f"takes head dimensions up to {MAX_HEAD_DIM}, got {q.shape[3]}"
+    return _refuse(q, k, v, mask, key_lengths, scale, precision)
+
+
+@attention.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=_refuse_triton)
+def _(q, k, v, mask, key_lengths, scale, precision):
+    from fastdiff.kernels.attention_launch import attention_triton
+
+    out = memory.empty(q.shape, q.dtype, q.device)
+    attention_triton(out, None, q, k, v, mask, key_lengths, scale, precision)
+    return out
+
+
+@attention_lse.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=_refuse_triton)
+def _(q, k, v, mask, key_lengths, scale, precision):
+    from fastdiff.kernels.attention_launch import attention_triton
+
+    out = memory.empty(q.shape, q.dtype, q.device)
+    lse = memory.empty((q.shape[0], q.shape[2], q.shape[1]), torch.float32, q.device)
+    attention_triton(out, lse, q, k, v, mask, key_lengths, scale, precision)
+    return out, lse
+
+
 def _normal(generator, *shape):
     return torch.randn(shape, generator=generator)
 
