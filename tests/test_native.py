@@ -26,10 +26,10 @@ def _levels() -> tuple[str, ...]:
     return LEVELS[: LEVELS.index(native.cpu().isa_detected()) + 1]
 
 
-def _script(name: str, *args, isa: str = "", **environment) -> subprocess.CompletedProcess:
+def _script(name: str, *args, isa: str = "", timeout: int = 250, **environment) -> subprocess.CompletedProcess:
     environment = {**os.environ, "FASTDIFF_CPU_ISA": isa, "FASTDIFF_BACKEND": "", **environment}
     command = [sys.executable, str(HERE / name), *map(str, args)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def _digest(threads: int, isa: str) -> dict:
@@ -73,22 +73,22 @@ def test_unknown_instruction_set_is_an_error_that_names_the_known():
     assert "ValueError: FASTDIFF_CPU_ISA must be baseline, avx2, avx512 or amx, got avx1024" in done.stderr
 
 
-@pytest.mark.parametrize("kernel", ("philox_normal", "gram", "solver_step"))
-def test_nothing_is_touched_past_a_buffer(kernel):
-    done = _script("guard.py", kernel, 6)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 100
+def test_nothing_is_touched_past_a_buffer():
+    done = _script("guard.py", 25)
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = json.loads(done.stdout)
+    assert {"solver_step", "attention", "linear_w8a8"} <= counts.keys() and set(counts.values()) == {32}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("isa", LEVELS)
-@pytest.mark.parametrize("kernel", ("philox_normal", "gram", "solver_step"))
-def test_nothing_is_touched_past_a_buffer_at_any_level(kernel, isa):
+def test_nothing_is_touched_past_a_buffer_at_any_level(isa):
     if isa not in _levels():
         pytest.skip(f"this CPU does not run {isa}")
-    done = _script("guard.py", kernel, 1, isa=isa)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == 608
+    done = _script("guard.py", 1, isa=isa, timeout=800)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert set(json.loads(done.stdout).values()) == {608}
 
 
 def test_guard_pages_catch_a_planted_overread():

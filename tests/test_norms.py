@@ -68,15 +68,6 @@ def test_every_level_and_thread_count_gives_the_same_bits(isa, threads, digest):
         assert value == digest[name] or (name in ACTIVATED and not same_way), name
 
 
-@pytest.mark.parametrize(
-    "isa", ("", pytest.param("avx2", marks=pytest.mark.slow), pytest.param("baseline", marks=pytest.mark.slow))
-)
-def test_nothing_is_touched_past_a_buffer(isa):
-    if isa and LEVELS.index(isa) > LEVELS.index(native.cpu().isa_detected()):
-        pytest.skip(f"this CPU does not run {isa}")
-    assert int(_script("guard_norms.py", *NAMES, isa=isa)) == 1920
-
-
 def test_a_sample_has_the_same_bits_in_every_batch():
     x, vectors = _normal(5, 96, 333), (_normal(5, 333), _normal(5, 333))
     alone = [

@@ -62,10 +62,10 @@ def test_planted_fault_is_caught(sanitized, fault):
 
 
 @pytest.mark.parametrize("isa", ("baseline", "avx2", "avx512"))
-def test_every_sample_is_clean(sanitized, isa):
+def test_every_call_is_clean(sanitized, isa):
     done = _run(sanitized, "asan.py", "none", isa=isa)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert int(done.stdout) >= 60
+    assert int(done.stdout) >= 2000  # samples and 50 random calls of every op
 
 
 def test_instruction_sets_do_not_leak(sanitized):

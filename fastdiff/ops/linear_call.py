@@ -98,8 +98,8 @@ def finish(y, N, bias, activation, gate, residual, out_scale, out_dtype) -> torc
     if bias is not None:
         y = y + F.pad(bias, (0, y.shape[-1] - bias.numel()))
     if activation in PAIRS:
-        value, gated = y.view(*lead, -1, 2, 16).unbind(-2)
-        y = (value * ACTIVATIONS[activation](gated)).reshape(*lead, -1)[..., :N]
+        value, gated = y.view(*lead, y.shape[-1] // 32, 2, 16).unbind(-2)
+        y = (value * ACTIVATIONS[activation](gated)).flatten(-2)[..., :N]
     else:
         y = ACTIVATIONS[activation](y[..., :N])
     if gate is not None:

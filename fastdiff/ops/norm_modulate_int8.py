@@ -46,6 +46,8 @@ def norm_modulate_int8(
 )
 def _(x, kind, weight, bias, eps, shift, scale):
     codes, scales = memory.empty(x.shape, torch.int8), memory.empty(x.shape[:2], torch.float32)
+    if x.shape[2] == 0:
+        scales.zero_()
     run_norm(codes, scales, None, x, None, None, kind, weight, bias, eps, shift, scale)
     return codes, scales
 

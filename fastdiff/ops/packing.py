@@ -61,7 +61,7 @@ def interleave(value: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """
     pad = (0, 0) * (value.dim() - 1) + (0, -value.shape[0] % PANEL)
     blocks = [F.pad(t, pad).unflatten(0, (-1, 1, PANEL)) for t in (value, gate)]
-    return torch.cat(blocks, dim=1).reshape(-1, *value.shape[1:])
+    return torch.cat(blocks, dim=1).flatten(0, 2)
 
 
 def pack_pairs(value: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastdiff.ops import native
+from fastdiff.ops import memory, native
 from fastdiff.ops.registry import op
 
 # Philox4x32-10 (Salmon et al. 2011, table 2)
@@ -116,7 +116,7 @@ def _horner(polynomial: tuple[float, ...], z: torch.Tensor) -> torch.Tensor:
 
 @philox_normal.variant("cpu", devices=("cpu",), missing=native.cpu_missing)
 def _(seed, step, stream, n):
-    out = torch.empty(seed.numel(), n, dtype=torch.float32)
+    out = memory.empty((seed.numel(), n), torch.float32)
     seed, step, stream = seed.contiguous(), step.contiguous(), stream.contiguous()
     native.cpu().philox_normal(out.data_ptr(), seed.data_ptr(), step.data_ptr(), stream.data_ptr(), *out.shape)
     return out

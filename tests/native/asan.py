@@ -1,5 +1,6 @@
-"""Imports fastdiff from a sanitizer build and commits a planted fault, or runs every CPU sample without one."""
+"""Imports fastdiff from a sanitizer build and commits a planted fault, or runs every CPU sample and random calls without one."""
 
+import itertools
 import sys
 
 from fastdiff.ops import OPS, native
@@ -10,11 +11,13 @@ def main(fault: str) -> None:
         native.cpu().fault(fault)
         return
     from digest import calls, run
+    from random_calls import CALLS, Draw
 
     count = 0
     for op in OPS.values():
         if any(v.name == "cpu" for v in op.variants):
-            for args in calls(op):
+            random = (CALLS[op.name](Draw.seeded(n), n) for n in range(0, 100, 2))
+            for args in itertools.chain(calls(op), random):
                 run(op, args)
                 count += 1
     print(count)

@@ -164,7 +164,7 @@ def linear_attention(d: Draw, n: int) -> tuple:
 
 def depthwise_conv2d(d: Draw, n: int) -> tuple:
     activation = d.one("none", "swiglu")
-    C = 2 * n if activation == "swiglu" else n
+    C = 2 * max(n, 1) if activation == "swiglu" else max(n, 1)
     x = d.normal(*d.one((1, 1, 1), (2, 3, 2), (1, 2, 67), (0, 2, 3)), C, dtype=d.dtype())
     return x, d.normal(9, C), d.maybe(d.normal(C)), activation, d.dtype()
 
