@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from unet_networks import call, conditional_unet, inputs_of
 
 import fastdiff
 from fastdiff.models.dit import DiT, DiTConfig
@@ -257,3 +258,14 @@ def test_a_sampler_fills_the_temporal_table_once():
     plain = fastdiff.Sampler(_dit(), prediction="noise")
     call = dict(cond={"class_labels": labels}, steps=5, seed=3)
     assert _error(sampler.sample((2, 3, 8, 8), **call), plain.sample((2, 3, 8, 8), **call)) < 0.1
+
+
+def test_shapes_take_turns_without_disturbing_each_other():
+    net = conditional_unet()
+    calls = [inputs_of(net, seed=seed, rows=1 + seed % 2) for seed in range(4)]
+    calls[2:] = [((*new[:2], *old[2:]), named) for (new, named), (old, _) in zip(calls[2:], calls[:2], strict=True)]
+    expected = [call(net, *args, **named) for args, named in calls]
+    fastdiff.accelerate(net)
+    for index in (0, 1, 2, 3, 1, 1, 0, 2):
+        args, named = calls[index]
+        assert _error(call(net, *args, **named), expected[index]) < BOUNDS["exact"], index

@@ -1,5 +1,6 @@
 """Diffusers pipelines of the nine reference families, of a few thousand parameters, made without files or network."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,6 +39,42 @@ def _repeat(value: object, rows: int) -> object:
     if isinstance(value, list):
         return value * rows
     return value if value is None or rows == 1 else [value] * rows
+
+
+def denoiser(pipe) -> nn.Module:
+    """The module that a pipeline's loop calls."""
+    return pipe.components.get("unet") or pipe.components["transformer"]
+
+
+def one_call(pipe, tiny: Tiny, rows: int, run: int = 0) -> dict:
+    """The arguments of the first call of the denoiser in a run, by name; every row has its own timestep."""
+    net, seen = denoiser(pipe), []
+    names = list(inspect.signature(type(net).forward).parameters)[1:]
+
+    def look(_, args, kwargs):
+        seen.append(dict(zip(names, args, strict=False)) | kwargs)
+
+    handle = net.register_forward_pre_hook(look, with_kwargs=True)
+    tiny(pipe, seed=run, steps=1, rows=rows)
+    handle.remove()
+    first = seen[0]
+    count = (first["sample"] if "sample" in first else first["hidden_states"]).shape[0]
+    scale = 1 / 1000 if "img_ids" in first else 1
+    times = torch.tensor([950.0, 700.0, 400.0, 50.0, 10.0, 1.0])[:count] * scale
+    return first | {"timestep": times, "return_dict": False}
+
+
+def some_rows(call: dict, rows: slice) -> dict:
+    """The same call with some of its rows."""
+    count = call["timestep"].shape[0]
+
+    def cut(name: str, value: object) -> object:
+        if isinstance(value, dict):
+            return {key: cut(key, inner) for key, inner in value.items()}
+        of_batch = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == count
+        return value[rows] if of_batch and name not in ("img_ids", "txt_ids") else value
+
+    return {name: cut(name, value) for name, value in call.items()}
 
 
 def _quiet(pipe):

@@ -1,5 +1,6 @@
 """The drop-in for diffusers. Nothing here imports diffusers before it is given one of its objects."""
 
+from fastdiff.pipeline.drop_in_report import PipelineReport
 from fastdiff.pipeline.schedulers import as_fast, fast_class
 
-__all__ = ["as_fast", "fast_class"]
+__all__ = ["PipelineReport", "as_fast", "fast_class"]

@@ -167,7 +167,8 @@ class Running:
         encoder = self._encoders.get(key)
         created = encoder is None
         if created:
-            encoder = self._encoders[key] = Program(self._lowered.encode, context, self._arena)
+            # memory of its own: what it made must outlive the runs of other programs
+            encoder = self._encoders[key] = Program(self._lowered.encode, context, Arena())
         if created or not encoder.holds(*context):
             encoder.load(*context)
             encoder.run()
