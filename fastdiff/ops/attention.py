@@ -190,11 +190,62 @@ def _(q, k, v, mask, key_lengths, scale, precision):
     return out, lse
 
 
-def _refuse_triton(q, k, v, mask, key_lengths, scale, precision) -> str | None:
-    from fastdiff.kernels.attention_launch import MAX_HEAD_DIM
+def library_backend(capability: tuple[int, int], cudnn: int, q, k, v, mask, key_lengths, precision: str) -> str | None:
+    """The kernel of torch that is faster than ours on a GPU: "cudnn", "flash", "any" or None.
 
-    if q.shape[3] > MAX_HEAD_DIM:
-        return f"takes head dimensions up to {MAX_HEAD_DIM}, got {q.shape[3]}"
+    On sm_90 and sm_100 cuDNN is ahead at head dimensions 64 and 128, elsewhere FlashAttention-2 is. Not with few keys, nor
+    with dimensions that they pad (40, 72, 80, 160). cuDNN 9.13 to 9.15 reads out of bounds in CUDA graphs.
+    """
+    exact = precision == "f32" and q.dtype == torch.float32
+    if mask is not None or key_lengths is not None or not (q.numel() and k.numel()):
+        return None
+    if exact:
+        return "any" if q.shape[3] > 64 else None
+    half = q.dtype in (torch.bfloat16, torch.float16) and precision == "bf16"
+    if not half or q.shape[3] not in (64, 128) or k.shape[1] <= 128 or q.shape[2] != k.shape[2]:
+        return None
+    if any(x.stride(3) != 1 for x in (q, k, v)):
+        return None
+    if capability[0] in (9, 10):
+        return "cudnn" if cudnn >= 90100 and not 91300 <= cudnn < 91600 else None
+    return "flash" if capability[0] in (8, 12) else None
+
+
+def _library(q, k, v, mask, key_lengths, precision) -> str | None:
+    capability, cudnn = torch.cuda.get_device_capability(q.device), torch.backends.cudnn.version() or 0
+    return library_backend(capability, cudnn, q, k, v, mask, key_lengths, precision)
+
+
+def _refuse_sdpa(q, k, v, mask, key_lengths, scale, precision) -> str | None:
+    chosen = _library(q, k, v, mask, key_lengths, precision)
+    return (
+        None if chosen else "the Triton kernel is preferred here, or torch's kernels lack this precision, mask or size"
+    )
+
+
+@attention.variant("sdpa", devices=("cuda",), refuse=_refuse_sdpa)
+def _(q, k, v, mask, key_lengths, scale, precision):
+    # called by their own names: choosing among them costs about 10 us a call
+    kernels = torch.ops.aten
+    turned = [x.transpose(1, 2) for x in (q, k, v)]
+    chosen = _library(q, k, v, mask, key_lengths, precision)
+    if chosen == "cudnn":
+        out = kernels._scaled_dot_product_cudnn_attention(*turned, None, False, scale=scale)[0]
+    elif chosen == "flash":
+        out = kernels._scaled_dot_product_flash_attention(*turned, scale=scale)[0]
+    else:
+        grouped = q.shape[2] != k.shape[2]
+        out = torch.nn.functional.scaled_dot_product_attention(*turned, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous()
+
+
+def _refuse_triton(q, k, v, mask, key_lengths, scale, precision) -> str | None:
+    from fastdiff.kernels.attention_launch import MAX_EXACT_HEAD_DIM, MAX_HEAD_DIM
+    from fastdiff.kernels.rounding import INTERPRETED
+
+    most = MAX_EXACT_HEAD_DIM if precision == "f32" and not INTERPRETED.value else MAX_HEAD_DIM
+    if q.shape[3] > most:
+        return f"takes head dimensions up to {most} in {precision}, got {q.shape[3]}"
     return _refuse(q, k, v, mask, key_lengths, scale, precision)
 
 

@@ -211,15 +211,17 @@ def masked(s, mask, mask_row, key, limit, mask_stride_m):
 def soften(s, top, total, scale, POSITIVE: tl.constexpr):
     """exp2 of scores below the running maximum, (that, the running sum, and by how much earlier weights shrink).
 
-    POSITIVE: s still has to be multiplied by scale > 0, which costs nothing in the multiply-add of the exponent.
+    POSITIVE: s still has to be multiplied by scale > 0, one for all queries or one each, which costs nothing in the
+    multiply-add of the exponent.
     """
+    scale += tl.zeros_like(top)
     if POSITIVE:
         above = tl.maximum(top, tl.max(s, axis=1) * scale)
     else:
         above = tl.maximum(top, tl.max(s, axis=1))
     origin = tl.where(above == float("-inf"), 0.0, above)
     if POSITIVE:
-        p = tl.exp2(s * scale - origin[:, None])
+        p = tl.exp2(s * scale[:, None] - origin[:, None])
     else:
         p = tl.exp2(s - origin[:, None])
     shrink = tl.exp2(top - origin)

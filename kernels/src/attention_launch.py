@@ -41,7 +41,7 @@ TMA_TILES: dict[int, dict[int, Tile]] = {
     90: {128: Tile(128, 128, 4, 2, True), 160: Tile(128, 64, 4, 2, True)},
     100: {64: Tile(128, 128, 4, 2, True)},
 }
-EXACT_TILE = Tile(64, 32, 4, 2)  # float32: three TF32 products in the place of one
+EXACT_TILE, MAX_EXACT_HEAD_DIM = Tile(64, 32, 4, 2), 64  # float32: three TF32 products in one's place; more spills
 INTERPRETED_TILE = Tile(16, 32, 4, 1)
 
 
@@ -105,6 +105,11 @@ def mask_arguments(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, list
     return mask.view(torch.uint8) if mask.dtype == torch.bool else mask, steps, FULL_MASK if steps[2] else KEY_MASK
 
 
+def _codes_pay(q: torch.Tensor) -> bool:
+    """Whether the GPU multiplies int8 faster than 16 bits: sm_100 has such products on its old path only."""
+    return INTERPRETED.value or family(torch.cuda.get_device_capability(q.device)) != 100
+
+
 def attention_triton(
     out: torch.Tensor,
     lse: torch.Tensor | None,
@@ -116,9 +121,14 @@ def attention_triton(
     scale: float,
     precision: str,
 ) -> None:
-    """Fills contiguous out [B, N, H, D] and lse [B, H, N] in precision "f32" or "bf16" (float16 stays float16)."""
+    """Fills contiguous out [B, N, H, D] and lse [B, H, N] ; float16 stays float16 where float32 is not asked for."""
     (B, N, H, D), (M, heads) = q.shape, k.shape[1:3]
     if out.numel() == 0:
+        return
+    if precision == "int8" and _codes_pay(q):
+        from fastdiff.kernels.attention_int8_launch import attention_int8_triton
+
+        attention_int8_triton(out, lse, q, k, v, mask, key_lengths, scale)
         return
     exact = precision == "f32"
     free = mask is None and key_lengths is None and not INTERPRETED.value and scale > 0
