@@ -7,11 +7,14 @@ from fastdiff.models.lower.pixart import lower_pixart
 from fastdiff.models.lower.sana import lower_sana
 from fastdiff.models.lower.sd3 import lower_sd3
 from fastdiff.models.lower.unet import lower_unet
+from fastdiff.models.lower.vae import lower_decoder, lower_encoder
 from fastdiff.models.lower.wan import lower_wan
 
 FAMILIES = {
+    "Decoder": lower_decoder,
     "DiT": lower_dit,
     "DiTTransformer2DModel": lower_dit,
+    "Encoder": lower_encoder,
     "FluxTransformer2DModel": lower_flux,
     "LTXVideoTransformer3DModel": lower_ltx,
     "PixArtTransformer2DModel": lower_pixart,

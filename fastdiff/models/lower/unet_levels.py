@@ -21,9 +21,9 @@ from fastdiff.models.lower.upsample import PackedUpsample, pack_upsample
 
 Tensor = torch.Tensor
 _BLOCKS = {
-    "down": ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock"),
+    "down": ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D", "DownEncoderBlock2D", "DownBlock"),
     "mid": ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn", "MidBlock"),
-    "up": ("UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock"),
+    "up": ("UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D", "UpDecoderBlock2D", "UpBlock"),
 }
 _SAMPLERS = {"down": ("Downsample2D", "Downsample"), "up": ("Upsample2D", "Upsample")}
 
@@ -53,14 +53,14 @@ def pack_levels(assembly: Assembly, module: nn.Module) -> tuple[list[Level], Lev
     skips = [module.conv_in.out_channels]
     down = []
     for i, block in enumerate(module.down_blocks):
-        down.append(_pack_level(assembly, "down", f"down_blocks.{i}", block))
+        down.append(pack_level(assembly, "down", f"down_blocks.{i}", block))
         skips += [resnet.conv2.out_channels for resnet in block.resnets]
         skips += [sampler.conv.out_channels for sampler in block.downsamplers or ()]
     mid = Level((), None)
     if module.mid_block is not None:
-        mid = _pack_level(assembly, "mid", "mid_block", module.mid_block)
+        mid = pack_level(assembly, "mid", "mid_block", module.mid_block)
     crops = can_crop(module, down)
-    up = [_pack_level(assembly, "up", f"up_blocks.{i}", b, skips, crops) for i, b in enumerate(module.up_blocks)]
+    up = [pack_level(assembly, "up", f"up_blocks.{i}", b, skips, crops) for i, b in enumerate(module.up_blocks)]
     require(not skips, "skip connections are left over")
     return down, mid, up
 
@@ -71,9 +71,10 @@ def can_crop(module: nn.Module, down: list[Level]) -> bool:
     return symmetric and type(module).__name__ == "UNet2DConditionModel"
 
 
-def _pack_level(
+def pack_level(
     assembly: Assembly, kind: str, name: str, block: nn.Module, skips: list[int] | None = None, crops: bool = False
 ) -> Level:
+    """Packs a block; `skips` are the channels of its second segments, the last first, and it takes its own."""
     require(type(block).__name__ in _BLOCKS[kind], f"{name} is a {type(block).__name__}")
     attentions = list(getattr(block, "attentions", None) or [])
     # in the middle a residual block comes last
