@@ -67,7 +67,7 @@ def adapt(name: str, layer: nn.Module, scheme: Scheme) -> LayerPlan:
         if why:
             return LayerPlan(name, None, why)
         k = layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
-        scheme = dataclasses.replace(scheme, transforms=(), input=_conv_input(scheme))
+        scheme = dataclasses.replace(scheme, transforms=(), input=_conv_input(scheme), weight=_conv_weight(scheme))
     else:
         k = layer.in_features
     scheme = _fit_group(scheme, k, notes)
@@ -108,6 +108,14 @@ def _conv_input(scheme: Scheme):
     if scheme.input is None or scheme.input.granularity != "group":
         return scheme.input
     return dataclasses.replace(scheme.input, granularity="token", group_size=None)
+
+
+def _conv_weight(scheme: Scheme):
+    """Integer kernels of convolutions want scales of groups that are nested."""
+    plain = scheme.weight.dtype == "int4" and scheme.weight.granularity == "group" and scheme.weight.range == "absmax"
+    if not plain or scheme.rounding.kind == "gptq" or scheme.input is None or scheme.input.bits != 8:
+        return scheme.weight
+    return dataclasses.replace(scheme.weight, range="nested")
 
 
 def _fit_group(scheme: Scheme, k: int, notes: list[str]) -> Scheme:
