@@ -110,6 +110,27 @@ def sana(blocks: int) -> nn.Module:
     )
 
 
+def sd3_medium(blocks: int) -> nn.Module:
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        num_layers=blocks, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192
+    )
+
+
+def flux(double: int, single: int) -> nn.Module:
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True)
+
+
+def vae_decoder() -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    return AutoencoderKL(**kinds, block_out_channels=(128, 256, 512, 512), layers_per_block=2).decoder
+
+
 def bundled(name: str) -> nn.Module:
     from fastdiff.models.load import load_model
 

@@ -1,13 +1,27 @@
 """What is timed: denoisers, their inputs, and whole samplings."""
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from bench.models.architectures import bundled, ddpm, dit, ltx, pixart_sigma, sana, sd15, seeded, wan
+from bench.models.architectures import (
+    bundled,
+    ddpm,
+    dit,
+    flux,
+    ltx,
+    pixart_sigma,
+    sana,
+    sd3_medium,
+    sd15,
+    seeded,
+    vae_decoder,
+    wan,
+)
 
 NULL_LABEL = 10  # of the bundled DiT
 
@@ -81,6 +95,22 @@ def _call_ltx(module, x, t, text, mask):
     return module(x, text, t, mask, **place, return_dict=False)[0]
 
 
+def _call_sd3(module, x, t, text, pooled):
+    return module(x, text, pooled, t, return_dict=False)[0]
+
+
+def _call_flux(module, x, t, text, pooled):
+    height = math.isqrt(x.shape[1])
+    places = torch.cartesian_prod(torch.zeros(1), *(torch.arange(float(n)) for n in (height, x.shape[1] // height)))
+    guidance = torch.full((len(x),), 3.5)
+    ids = (places, torch.zeros(text.shape[1], 3))
+    return module(x, text, pooled, t / 1000, *ids, guidance, return_dict=False)[0]
+
+
+def _call_decoder(module, x, t):
+    return module(x)
+
+
 def _call_plain(module, *inputs):
     return module(*inputs)
 
@@ -119,6 +149,34 @@ def _make_bundled(kind: str, batch: int, sampling: bool = False) -> Workload:
         calibration=20,
         images=batch if sampling else None,
         guidance=2.0 if guided else 1.0,
+    )
+
+
+def _joints() -> tuple[Workload, ...]:
+    """Stable Diffusion 3 Medium and FLUX.1 at 512 pixels, few of their blocks; the decoder of their likes at 256."""
+    vector = lambda width: lambda batch, generator: torch.randn(batch, width, generator=generator)
+    conditions = lambda tokens, width: (_text(tokens, 4096), vector(width))
+    return (
+        _make_context(
+            "sd3_medium_4blocks",
+            functools.partial(sd3_medium, 4),
+            _latents((2, 16, 64, 64), *conditions(333, 2048)),
+            _call_sd3,
+        ),
+        _make_context(
+            "flux_small_1double_2single",
+            functools.partial(flux, 1, 2),
+            _latents((1, 1024, 64), *conditions(512, 768)),
+            _call_flux,
+        ),
+        Workload(
+            "vae_decoder_256",
+            functools.partial(seeded, vae_decoder),
+            _latents((1, 4, 32, 32)),
+            _call_decoder,
+            "channels",
+            "vae_decoder_256",
+        ),
     )
 
 
@@ -161,6 +219,7 @@ _ALL = (
     _make_sd15(64),
     *(_make_ddpm(batch) for batch in (1, 8)),
     *_contexts(),
+    *_joints(),
     *(_make_bundled(kind, batch) for kind in ("dit", "unet") for batch in (1, 16)),
     *(_make_bundled(kind, batch, sampling=True) for kind in ("dit", "unet") for batch in (1, 16)),
 )
