@@ -21,8 +21,9 @@ from bench.timing import interleave
 from fastdiff.accelerate import accelerate
 from fastdiff.artefact import FolderStore, load, save, write_json
 from fastdiff.models.load import LoadedModel, load_classifier, load_model
+from fastdiff.quant.calibration import CalibrationSet
 from fastdiff.quant.recipes import RECIPES, Recipe
-from fastdiff.quantized import measure, quantize_model
+from fastdiff.quantized import calibrate, measure, quantize_model
 
 MODELS = ("bundled:unet", "bundled:dit")
 PLAIN = {"float32": "exact", "bfloat16": "bf16"}  # rows without quantization: name -> mode of accelerate
@@ -70,6 +71,17 @@ def shortened(recipe: Recipe, iterations: int, batch: int, lr: float) -> Recipe:
     return dataclasses.replace(recipe, config=config)
 
 
+def calibration_set(model: str, recipe: Recipe, args: argparse.Namespace) -> CalibrationSet | None:
+    """The recipe's states, on the schedule that is measured, drawn with the fused float32 network."""
+    if recipe.calibration is None:
+        return None
+    samples = min(recipe.calibration.samples, args.calibration_samples)
+    wanted = dataclasses.replace(recipe.calibration, samples=samples, solver=args.solver, steps=args.steps)
+    drawn = load_model(model)
+    accelerate(drawn.net)
+    return calibrate(drawn, wanted, args.seed + 1000)
+
+
 def prepare(row: Row, args: argparse.Namespace) -> None:
     """Quantizes the model once, and compares pictures."""
     if "psnr_db" in row.known():
@@ -81,14 +93,16 @@ def prepare(row: Row, args: argparse.Namespace) -> None:
     else:
         model = dataclasses.replace(reference, net=copy.deepcopy(reference.net))
         recipe = shortened((RECIPES | BASELINES)[row.recipe], args.iterations, args.rounding_batch, args.lr)
-        made = quantize_model(model, recipe, seed=args.seed + 1000, store=FolderStore(row.folder / "blocks"))
+        data = calibration_set(row.model, recipe, args)
+        made = quantize_model(model, recipe, data, seed=args.seed + 1000, store=FolderStore(row.folder / "blocks"))
         save(model, made, row.folder)
         weights = [(r.bits, reference.net.get_submodule(r.name).weight.numel()) for r in made.layers if r.scheme]
         bits = sum(b * n for b, n in weights) / sum(n for _, n in weights)
-        extra = {"calibration": made.config.calibration}
+        extra = {"calibration": made.config.calibration.get("sha256")}
     report, _ = measure(reference, row.network(), samples=args.pictures, solver=args.solver, steps=args.steps)
     size = {"bytes": report["bytes_reference"] // (32 // int(bits))} if made is None else {}
-    row.note(args.out, bits=round(bits, 2), **{key: report[key] for key in _KEPT} | size | extra)
+    settings = {"solver": args.solver, "steps": args.steps, "pictures": args.pictures}
+    row.note(args.out, bits=round(bits, 2), **settings, **{key: report[key] for key in _KEPT} | size | extra)
 
 
 def draw(row: Row, count: int, args: argparse.Namespace, net, reference: torch.Tensor) -> None:
@@ -141,6 +155,7 @@ def main() -> None:
     parser.add_argument("--solver", default="ddim")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--iterations", type=int, default=20000, help="of learned rounding per block")
+    parser.add_argument("--calibration-samples", type=int, default=256, help="trajectories at most")
     parser.add_argument("--rounding-batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3, help="of learned rounding")
     parser.add_argument("--time", action="store_true", help="also time; on an otherwise idle machine")
