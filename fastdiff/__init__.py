@@ -1,12 +1,13 @@
 """fastdiff: a kernel-backed sampling engine for diffusion and flow models."""
 
-from fastdiff.accelerate import PipelineReport, Report, accelerate, report, undo
+from fastdiff.accelerate import Report, accelerate, report, undo
 from fastdiff.artefact import load, save
+from fastdiff.cache import Cache
 from fastdiff.carry import Carry, Hook
 from fastdiff.guidance import CFG
 from fastdiff.loop import NonFiniteError
 from fastdiff.ops import backend
-from fastdiff.pipeline import as_fast
+from fastdiff.pipeline import PipelineReport, as_fast
 from fastdiff.plan import Plan, RowSettings
 from fastdiff.process import (
     VE,
@@ -36,6 +37,7 @@ __all__ = [
     "CFG",
     "SOLVERS",
     "VE",
+    "Cache",
     "CalibrationSet",
     "Cancelled",
     "Carry",

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastdiff import accelerated
 from fastdiff.accelerated import Report
+from fastdiff.cache import Cache
 from fastdiff.models.lower.record import Settings
 from fastdiff.pipeline.drop_in import PipelineReport, Quant, describe, install, is_pipeline, remove
 
@@ -22,6 +23,7 @@ def accelerate(
     quant: Quant = None,
     attention: str | None = None,
     solver: bool = True,
+    cache: Cache | None = None,
     deterministic: str = "run",
     strict: bool = False,
     guard: bool = False,
@@ -38,6 +40,7 @@ def accelerate(
     quant          recipe of `fastdiff.quantize` for the denoisers of a pipeline, that needs no calibration
     attention      precision of attention: "f32", "bf16" or "int8" (default: the mode's; int8 is never a default)
     solver         put the steps of a pipeline's scheduler on the fused kernel
+    cache          a `fastdiff.Cache`: use features of inner blocks again within an error budget (lossy; known families)
     deterministic  "run": equal calls have equal bits; "batch": rows of lowered models do not depend on their batch either;
                    "off": layers of models that are not lowered are timed, and keep what is faster on this machine
     strict         raise RuntimeError where a module, or a pipeline's denoiser or scheduler, would run as before; else
@@ -57,7 +60,7 @@ def accelerate(
     """
     if unknown:
         raise TypeError(_unknown(next(iter(unknown))))
-    settings = Settings(mode, attention, spare, exact_time, keep_original, strict, deterministic)
+    settings = Settings(mode, attention, spare, exact_time, keep_original, strict, deterministic, cache)
     if is_pipeline(target):
         install(target, settings, quant=quant, solver=solver, guard=guard)
         return target

@@ -5,6 +5,7 @@ import time
 
 from torch import nn
 
+from fastdiff.cache import Reuse
 from fastdiff.guard import Guarded
 from fastdiff.models.lower import FAMILIES
 from fastdiff.models.lower.record import LayerRecord, Settings, UnsupportedError
@@ -28,6 +29,7 @@ class Report:
     bytes      of packed weights
     set_up_s   seconds that packing took
     guard      what the guard did, one sentence each
+    cache      what the feature cache did, None without one
     """
 
     model: str
@@ -38,6 +40,7 @@ class Report:
     bytes: int
     set_up_s: float
     guard: tuple[str, ...] = ()
+    cache: Reuse | None = None
 
     def __str__(self) -> str:
         how = "whole forward, recorded" if self.lowered else "layer by layer"
@@ -48,6 +51,7 @@ class Report:
         lines.append("layers: " + ", ".join(f"{count} {runs}" for runs, count in kinds.items()))
         lines += [f"  {layer.name}: {layer.runs} ({layer.reason})" for layer in self.layers if layer.reason]
         lines.append("calls: " + (", ".join(f"{count} {how}" for how, count in self.calls.items()) or "none yet"))
+        lines += [str(self.cache)] if self.cache else []
         return "\n".join([*lines, *(f"guard: {event}" for event in self.guard)])
 
     def to_dict(self) -> dict:
@@ -75,6 +79,8 @@ def install(module: nn.Module, settings: Settings, guard: bool = False) -> None:
             raise RuntimeError(
                 f"accelerate: strict, but the forward of {type(module).__name__} is not lowered: {reason}"
             )
+        if settings.cache is not None:
+            raise ValueError(f"accelerate: a feature cache needs a lowered family; {type(module).__name__}: {reason}")
         running = Walked(module, settings, reason)
     running.set_up_s = time.perf_counter() - start
     seat = Seat(module, Guarded(module, running) if guard else running)
@@ -111,16 +117,17 @@ def describe(module: nn.Module) -> Report:
     if not is_accelerated(module):
         raise ValueError(f"report: this {type(module).__name__} is not accelerated; call fastdiff.accelerate first")
     running, run = module.__dict__[_STATE], module.__dict__[_SEAT].run
-    record = running.record
+    record, settings = running.record, running.settings
     return Report(
         type(module).__name__,
-        running.settings.mode,
+        settings.mode,
         isinstance(running, Running),
         tuple(record.layers),
         dict(running.calls),
         record.nbytes,
         round(running.set_up_s, 3),
         tuple(run.events) if isinstance(run, Guarded) else (),
+        dataclasses.replace(running.features.reuse) if settings.cache else None,
     )
 
 

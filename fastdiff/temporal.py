@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable, Iterable
 import torch
 
 Tensor = torch.Tensor
-_ROWS_AT_ONCE = 64
 
 
 class TemporalTable:
@@ -19,7 +18,11 @@ class TemporalTable:
     exact      compute rows together with the batch that asked for them, so that they have the bits the network itself
                would compute; else many rows are computed at once, which differs by rounding (below 1e-6)
     max_bytes  of the rows that are kept; those unused for longest are dropped
+
+    rows_at_once  how many rows are computed together where not `exact`: with 1 a row's bits depend on that row only
     """
+
+    rows_at_once = 64
 
     def __init__(self, compute: Callable[..., Tensor], exact: bool = False, max_bytes: int = 256 << 20) -> None:
         self._compute = compute
@@ -73,7 +76,7 @@ class TemporalTable:
         found = {key: self._rows[key] for key in keys if key in self._rows}
         first = {key: position for position, key in reversed(list(enumerate(keys))) if key not in found}
         wanted = list(range(len(keys))) if self._exact and first else sorted(first.values())
-        size = len(wanted) if self._exact else _ROWS_AT_ONCE
+        size = len(wanted) if self._exact else self.rows_at_once
         for part in _parts(wanted, size):
             index = torch.tensor(part)
             chosen = [tensor.index_select(0, index) for tensor in inputs]

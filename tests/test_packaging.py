@@ -32,7 +32,7 @@ LAYERS = {
     "temporal": _MIDDLE,
     "program": _MIDDLE,
     "quant": _MIDDLE | {"temporal"},
-    "models": _MIDDLE | {"process", "temporal", "program"},
+    "models": _MIDDLE | {"process", "temporal", "program", "cache"},
     "sampler": _LOOP,
     "quantized": _LOOP | {"sampler"},
     "artefact": _LOOP | {"sampler"},

@@ -121,7 +121,7 @@ def _settings_of(name: str, module: nn.Module, settings: Settings) -> Settings:
         settings = replace(settings, mode="bf16")
     if name in _DENOISERS:
         return settings
-    return replace(settings, mode=_ONCE.get(settings.mode, settings.mode), keep_original=True, strict=False, spare=())
+    return replace(settings, mode=_ONCE.get(settings.mode, settings.mode), keep_original=True, strict=False, spare=(), cache=None)
 
 
 def _install_scheduler(pipe: object, done: Installed) -> None:

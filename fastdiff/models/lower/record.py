@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from fastdiff.cache import Cache
+
 
 @dataclass(frozen=True)
 class Mode:
@@ -40,6 +42,7 @@ class Settings:
     keep_original: bool = True
     strict: bool = False
     deterministic: str = "run"
+    cache: Cache | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -49,6 +52,8 @@ class Settings:
         if self.deterministic not in DETERMINISTIC:
             known = ", ".join(DETERMINISTIC)
             raise ValueError(f"accelerate: unknown deterministic {self.deterministic!r}; known are {known}")
+        if not isinstance(self.cache, Cache | None):
+            raise TypeError(f"accelerate: cache must be a fastdiff.Cache or None, got {type(self.cache).__name__}")
         if self.exact_time and self.deterministic == "batch":
             raise ValueError(
                 "accelerate: exact_time=True ties rows to their batch; leave it out for deterministic='batch'"

@@ -2,10 +2,12 @@
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from fastdiff.cache import FeatureCache
 from fastdiff.models.lower import FAMILIES
 from fastdiff.models.lower.coded_layers import StepRanges, follow_times
 from fastdiff.models.lower.layers import Packer
@@ -35,12 +37,15 @@ class Running:
         self._ranges = StepRanges()
         self._watched: list[tuple[dict, str, nn.Parameter, int, int | None]] = []
         self._lock = threading.RLock()
+        self.features = None if settings.cache is None else FeatureCache(settings.cache)
         self._forget()
 
     def _forget(self) -> None:
         self._programs: dict[tuple, Program] = {}
         self._encoders: dict[tuple, Program] = {}
         self._arena = Arena()
+        if self.features is not None:
+            self.features.clear()
 
     def __getstate__(self) -> dict:
         if not self.keeps_original:
@@ -98,6 +103,8 @@ class Running:
             self._lowered = lower(self.module, chosen, settings.shares_time)
             self._ranges = chosen.ranges
             self._lowered.temporal.before = follow_times(self.module)
+            if settings.deterministic == "batch":
+                self._lowered.temporal.rows_at_once = 1
 
     def __call__(self, *args, **kwargs):
         """The module's forward, on fused kernels where they serve the call, else its own."""
@@ -120,6 +127,8 @@ class Running:
         Does nothing where the table belongs to the batches that ask (`exact_time`) or would not hold all rows.
         """
         with self._lock, torch.no_grad():
+            if self.features is not None:
+                self.features.clear()
             try:
                 calls = [self.lowered.read(sample, t, **conditioning) for t in times]
             except UnsupportedError:
@@ -150,15 +159,41 @@ class Running:
         if native.cpu() is None or forced_backend() is not None:
             return lowered.body(call.sample, rows, *lowered.encode(*call.context))
         key = (call.sample.shape, call.sample.dtype, *((c.shape, c.dtype) for c in call.context))
+        if len(self._programs) >= _PROGRAMS:
+            self._forget()
         encoded = self._encode(key, call.context)
-        program = self._programs.get(key)
-        if program is None:
-            if len(self._programs) >= _PROGRAMS:
-                self._forget()
-                encoded = self._encode(key, call.context)
-            body = lambda sample, rows: lowered.body(sample, rows, *encoded)
-            program = self._programs[key] = Program(body, (call.sample, rows), self._arena)
-        return program(call.sample, rows)
+        if self.features is not None:
+            return self._run_staged(key, call, rows, encoded)
+        body = lambda sample, rows: lowered.body(sample, rows, *encoded)
+        return self._program(key, body, (call.sample, rows))(call.sample, rows)
+
+    def _program(self, key: tuple, function: Callable, inputs: tuple[Tensor, ...]) -> Program:
+        if key not in self._programs:
+            self._programs[key] = Program(function, inputs, self._arena)
+        return self._programs[key]
+
+    def _run_staged(self, key: tuple, call: Call, rows: Tensor, encoded: tuple[Tensor, ...]) -> Tensor:
+        """Head and tail run as ever, the middle for the samples whose features the cache does not serve."""
+        lowered, given = self._lowered, (call.sample, rows)
+        begin = lambda sample, rows: lowered.head(sample, rows, *encoded)
+        head = self._program((*key, "head"), begin, given)(*given)
+
+        def middle(index: Tensor | None) -> Tensor:
+            parts = [lambda t: t] if index is None else [lambda t, i=i: t.index_select(0, i) for i in _powers(index)]
+            return torch.cat([self._run_middle(key, head, rows, encoded, take) for take in parts])
+
+        time, *fixed = call.temporal
+        x = self.features.serve(head[0], time, (*fixed, *call.context), middle, lowered.adds)
+        end = lambda x, sample, rows, *head: lowered.tail(x, head, sample, rows, *encoded)
+        inputs = (x, *given, *head)
+        return self._program((*key, "tail"), end, inputs)(*inputs)
+
+    def _run_middle(self, key: tuple, head: tuple, rows: Tensor, encoded: tuple, take: Callable) -> Tensor:
+        """The middle for the samples that `take` takes."""
+        n = len(head)
+        run = lambda rows, *rest: self._lowered.middle(rest[:n], rows, *rest[n:])
+        inputs = tuple(map(take, (rows, *head, *encoded)))
+        return self._program((*key, "middle", len(inputs[0])), run, inputs)(*inputs)
 
     def _encode(self, key: tuple, context: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The encoded context, in place; computed again only when the context has other values."""
@@ -173,3 +208,9 @@ class Running:
             encoder.load(*context)
             encoder.run()
         return encoder.outputs
+
+
+def _powers(index: Tensor) -> list[Tensor]:
+    """An index in parts whose lengths are powers of two, so that few programs serve all numbers of samples."""
+    n = len(index)
+    return list(index.split([1 << bit for bit in reversed(range(n.bit_length())) if n >> bit & 1]))
