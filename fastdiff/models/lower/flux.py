@@ -57,11 +57,13 @@ class LoweredFlux:
     Rotations follow from position ids that come with each call, whatever the shape of the sample: they are context.
     """
 
+    adds = True
+
     def __init__(self, module: nn.Module, packer: Packer, exact_time: bool) -> None:
         self.record = packer.record
         self._module = module
         self._structure = Structure(module)
-        self._placed: tuple[Tensor, Rotation] | None = None
+        self._placed: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
         modulations = Modulations(self._embedding)
         self._guided = hasattr(module.time_text_embed, "guidance_embedder")
         self._embed = packer.linear("x_embedder", module.x_embedder, precise=FIRST)
@@ -106,14 +108,16 @@ class LoweredFlux:
         require(sample.dtype in FLOATS, f"sample is {sample.dtype}")
         require((guidance is not None) == self._guided, f"guidance is {'needed' if self._guided else 'not known'}")
         text = read_text(encoder_hidden_states, None, rows, self._module.context_embedder.in_features)
-        rotation = self._rotation(txt_ids, img_ids, text[0].shape[1] + sample.shape[1])
+        rotation = self._rotation(txt_ids, img_ids, rows, text[0].shape[1] + sample.shape[1])
         temporal = rows_of_time(timestep, rows), read_pooled(pooled_projections, rows)
         if guidance is not None:
             temporal += (rows_of_time(guidance, rows),)
         return Call(sample, temporal, (*text, *rotation), wrap_output(self._module, return_dict))
 
-    def _rotation(self, txt_ids: Tensor | None, img_ids: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `[N, D]`, those of the last call where it had the same ids."""
+    def _rotation(
+        self, txt_ids: Tensor | None, img_ids: Tensor | None, rows: int, tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[B, N, D]`, those of the last call where it had the same ids."""
         ids = (txt_ids, img_ids)
         require(all(isinstance(part, Tensor) for part in ids), "txt_ids and img_ids are needed")
         ids = torch.cat([part[0] if part.dim() == 3 else part for part in ids])
@@ -122,7 +126,7 @@ class LoweredFlux:
         )
         if self._placed is None or not torch.equal(self._placed[0], ids):
             self._placed = ids, self._module.pos_embed(ids)
-        return self._placed[1]
+        return tuple(part.expand(rows, -1, -1) for part in self._placed[1])
 
     def prepare(self, call: Call) -> None:
         """Nothing depends on the shapes."""
@@ -131,21 +135,46 @@ class LoweredFlux:
         """The text in the width of the blocks, and the rotation."""
         return self._context(text, out_dtype=torch.float32), cos, sin
 
-    def body(self, sample: Tensor, rows: Tensor, text: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def body(self, sample: Tensor, rows: Tensor, *encoded: Tensor) -> Tensor:
         """`[B, N, C]`, the modulations, the embedded text and the rotation to `[B, N, C']` in the sample's dtype."""
-        rotation = Rotation(cos, sin)
+        head = self.head(sample, rows, *encoded)
+        return self.tail(self.middle(head, rows, *encoded), head, sample, rows, *encoded)
+
+    def head(self, sample: Tensor, rows: Tensor, text: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """The tokens of the image and those of the text after the first block; one stream where it has only one."""
         x = self._embed(ops.copy(sample, torch.float32), out_dtype=torch.float32)
-        tokens = text.shape[1]
-        for block in self._double:
+        rotation = Rotation(cos[0], sin[0])
+        if not self._double:
+            return (self._single[0](self._one_stream(text, x), rows, rotation),)
+        text, x = self._double[0](text, x, rows, rotation)
+        return x, text
+
+    def middle(self, head: tuple[Tensor, ...], rows: Tensor, text: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """All blocks but the first."""
+        rotation, single = Rotation(cos[0], sin[0]), self._single
+        if not self._double:
+            return self._run_single(single[1:], head[0], rows, rotation)
+        x, text = head
+        for block in self._double[1:]:
             text, x = block(text, x, rows, rotation)
-        if self._single:
-            heads = lambda stream: stream.unflatten(2, (-1, cos.shape[1]))
-            x = join((heads(text), heads(x))).flatten(2)
-            for block in self._single:
-                x = block(x, rows, rotation)
-            x = x[:, tokens:]
+        return (
+            x if not single else self._run_single(single, self._one_stream(text, x), rows, rotation)[:, -x.shape[1] :]
+        )
+
+    def tail(self, x: Tensor, head: tuple[Tensor, ...], sample: Tensor, rows: Tensor, *encoded: Tensor) -> Tensor:
+        """From the tokens to the prediction."""
         scale, shift = self._columns.of(rows)
-        return self._final(self._norm.modulate(x, shift, scale, torch.float32), out_dtype=sample.dtype)
+        x = self._norm.modulate(x[:, -sample.shape[1] :], shift, scale, torch.float32)
+        return self._final(x, out_dtype=sample.dtype)
+
+    def _run_single(self, blocks: list[SingleBlock], x: Tensor, rows: Tensor, rotation: Rotation) -> Tensor:
+        for block in blocks:
+            x = block(x, rows, rotation)
+        return x
+
+    def _one_stream(self, text: Tensor, x: Tensor) -> Tensor:
+        heads = lambda stream: stream.unflatten(2, (-1, self._module.config.attention_head_dim))
+        return join((heads(text), heads(x))).flatten(2)
 
     def _embedding(self, t: Tensor, pooled: Tensor, *guidance: Tensor) -> Tensor:
         thousandths = (1000 * value.to(self._module.x_embedder.weight.dtype) for value in (t, *guidance))

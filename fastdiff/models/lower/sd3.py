@@ -19,6 +19,8 @@ Tensor = torch.Tensor
 class LoweredSD3:
     """An SD3 in packed weights; modulations depend on the timestep and the pooled text and are rows of the temporal table."""
 
+    adds = True
+
     def __init__(self, module: nn.Module, packer: Packer, exact_time: bool) -> None:
         self.record = packer.record
         self._module = module
@@ -73,10 +75,25 @@ class LoweredSD3:
 
     def body(self, sample: Tensor, rows: Tensor, text: Tensor) -> Tensor:
         """`[B, C, H, W]`, the modulations and the embedded text to `[B, C', H, W]` in the sample's dtype."""
+        head = self.head(sample, rows, text)
+        return self.tail(self.middle(head, rows, text), head, sample, rows, text)
+
+    def head(self, sample: Tensor, rows: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        """The tokens of the image and those of the text after the first block; only the former where it is the last."""
         positions = self._positions.table(sample.shape[0], *self._grid(sample))
         x = self._embed(patchify(sample, self._patch), residual=positions, out_dtype=torch.float32)
-        for block in self._blocks:
-            text, x = block(text, x, rows)
+        text, x = self._blocks[0](text, x, rows)
+        return (x,) if text is None else (x, text)
+
+    def middle(self, head: tuple[Tensor, ...], rows: Tensor, *encoded: Tensor) -> Tensor:
+        """All blocks but the first."""
+        x, *text = head
+        for block in self._blocks[1:]:
+            *text, x = block(*text, x, rows)
+        return x
+
+    def tail(self, x: Tensor, head: tuple[Tensor, ...], sample: Tensor, rows: Tensor, *encoded: Tensor) -> Tensor:
+        """From the tokens of the image to the prediction."""
         scale, shift = self._columns.of(rows)
         x = self._final(self._norm.modulate(x, shift, scale, torch.float32), out_dtype=torch.float32)
         return unpatchify(x, self._patch, sample.shape[2:], sample.dtype)
