@@ -272,3 +272,22 @@ def test_picture_measures_agree_with_their_definitions():
         c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
         want[index] = ((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean()
     assert ssim(a, noisy).tolist() == pytest.approx(want.mean(1).tolist(), rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", ((256, 8), (128, 4), (100, 6), (1, 1), (130, 5)))
+def test_T21_scales_of_blocks_lie_where_tensor_cores_look(shape):
+    rows, columns = shape
+    scales = torch.randint(0, 256, shape, dtype=torch.uint8)
+    swizzled = formats.swizzle_scales(scales)
+    tiles = -(-columns // 4)
+    assert swizzled.numel() == -(-rows // 128) * tiles * 512
+    for r in range(0, rows, 7):
+        for c in range(columns):
+            place = (r // 128 * tiles + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4
+            assert swizzled[place] == scales[r, c]
+    assert int((swizzled != 0).sum()) == int((scales != 0).sum()), "what is added is zero"
+    assert torch.equal(formats.unswizzle_scales(swizzled, rows, columns), scales)
+    e4m3 = torch.rand(shape).to(torch.float8_e4m3fn)
+    assert torch.equal(
+        formats.unswizzle_scales(formats.swizzle_scales(e4m3), rows, columns).view(torch.uint8), e4m3.view(torch.uint8)
+    )

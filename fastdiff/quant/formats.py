@@ -86,3 +86,27 @@ def unpack_nibbles(packed: Tensor, k: int, signed: bool) -> Tensor:
     if not signed:
         return codes.contiguous()
     return ((codes ^ 8).to(torch.int8) - 8).contiguous()
+
+
+def swizzle_scales(scales: Tensor) -> Tensor:
+    """Block scales as Blackwell's tensor cores read them: tiles of 128 rows by 4 columns, 512 bytes each.
+
+    scales  [R, C] of one byte each
+    out     [ceil(R / 128) * ceil(C / 4) * 512], tiles row by row, padded with zeros; inside a tile, row r and column c lie
+            at (r mod 32) * 16 + (r div 32) * 4 + c
+    """
+    R, C = scales.shape
+    padded = torch.nn.functional.pad(scales.view(torch.uint8), (0, -C % 4, 0, -R % 128))
+    tiles = padded.view(-(-R // 128), 4, 32, -(-C // 4), 4)  # [tile, r div 32, r mod 32, tile, c]
+    return tiles.permute(0, 3, 2, 1, 4).flatten().view(scales.dtype)
+
+
+def unswizzle_scales(swizzled: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of `swizzle_scales`: [rows, columns]."""
+    tiles = swizzled.view(torch.uint8).view(-(-rows // 128), -(-columns // 4), 32, 4, 4)
+    return (
+        tiles.permute(0, 3, 2, 1, 4)
+        .reshape(-(-rows // 128) * 128, -1)[:rows, :columns]
+        .contiguous()
+        .view(swizzled.dtype)
+    )
