@@ -20,6 +20,8 @@ class TemporalTable:
     max_bytes  of the rows that are kept; those unused for longest are dropped
 
     rows_at_once  how many rows are computed together where not `exact`: with 1 a row's bits depend on that row only
+    schedule      gives the times `[steps]` of the sampling that runs, if they are known: conditioning that is met for the
+                  first time gets all of its rows at once. Networks may count them in thousandths
     """
 
     rows_at_once = 64
@@ -30,7 +32,13 @@ class TemporalTable:
         self._max_bytes = max_bytes
         self._rows: OrderedDict[Hashable, Tensor] = OrderedDict()
         self.before: Callable[[Tensor], None] | None = None  # told the timesteps of rows that `compute` is called for
+        self.schedule: Callable[[], Tensor | None] = lambda: None
         self.computed = 0
+        self._refused = 0  # bytes of the largest schedule that did not fit
+
+    def __str__(self) -> str:
+        refused = f", of {self._refused / 1e6:.1f} MB for a schedule, which do not fit" if self._refused else ""
+        return f"temporal table: {self.computed} rows computed, {self.nbytes / 1e6:.1f} MB kept{refused}"
 
     @property
     def nbytes(self) -> int:
@@ -46,6 +54,7 @@ class TemporalTable:
         keys = self._keys(inputs)
         rows = [self._rows.get(key) for key in keys]
         if any(row is None for row in rows):
+            self._look_ahead(*inputs)
             rows = self._add(keys, inputs)
         elif len(self._rows) > len(keys):
             for key in keys:
@@ -61,8 +70,23 @@ class TemporalTable:
         if self._exact or not keys:
             return
         first = self._add(keys[:1], tuple(tensor[:1] for tensor in inputs))[0]
-        if len(set(keys)) * first.nbytes <= self._max_bytes:
+        nbytes = len(set(keys)) * first.nbytes
+        if nbytes <= self._max_bytes:
             self._add(keys, inputs)
+        else:
+            self._refused = max(self._refused, nbytes)
+
+    def _look_ahead(self, t: Tensor, *conditioning: Tensor) -> None:
+        """Computes what the rest of a sampling with this conditioning will ask for, where it is known and fits."""
+        times = None if self._exact or self._refused or self.rows_at_once == 1 else self.schedule()
+        if times is None:
+            return
+        asked, times = set(t.tolist()), times.to(t)
+        for known in (times / 1000, times):
+            if asked <= set(known.tolist()):
+                repeated = known.to(t.dtype).repeat(len(t))
+                self.prepare(repeated, *(values.repeat_interleave(len(known), 0) for values in conditioning))
+                return
 
     def _keys(self, inputs: tuple[Tensor, ...]) -> list[Hashable]:
         keys = list(zip(*map(_row_keys, inputs), strict=True))

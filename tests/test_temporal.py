@@ -86,3 +86,28 @@ def test_vectors_are_conditioning_too():
     changed[1, 3] += 1
     assert torch.equal(table.lookup(t, changed), changed.float() * t[:, None])
     assert table.computed == 4
+
+
+@pytest.mark.parametrize("unit, dtype", ((1, torch.float32), (1000, torch.float32), (1000, torch.bfloat16)))
+def test_a_known_schedule_is_filled_when_its_conditioning_is_met(unit, dtype):
+    sizes = []
+    table = TemporalTable(lambda t, pooled: sizes.append(len(t)) or pooled.float() * t[:, None])
+    times = torch.linspace(999, 1, 12)
+    table.schedule = lambda: times
+    for pooled in torch.randn(2, 3, 8):
+        asked = table.computed
+        for t in times:
+            t = t.to(dtype).expand(3) / unit
+            assert torch.equal(table.lookup(t, pooled), pooled * t[:, None].float())
+        assert table.computed == asked + 3 * len(set((times.to(dtype) / unit).tolist()))
+    assert len(sizes) == 4, "the first row tells the size, the others come at once"
+    table.lookup(torch.tensor([0.123]), torch.ones(1, 8))
+    assert sizes[-1] == 1, "a time outside of the schedule comes alone"
+
+
+def test_a_schedule_that_does_not_fit_is_told_and_not_tried_again():
+    table = TemporalTable(lambda t, pooled: pooled * t[:, None], max_bytes=10 * 8 * 4)
+    table.schedule = lambda: torch.arange(40.0)
+    for t in torch.arange(6.0)[:, None]:
+        assert torch.equal(table.lookup(t, torch.ones(1, 8)), torch.ones(1, 8) * t[:, None])
+    assert table.computed == 6 and "for a schedule, which do not fit" in str(table)
