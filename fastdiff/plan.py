@@ -20,6 +20,7 @@ class RowSettings:
     """How one sample of the batch is made.
 
     solver    a key of SOLVERS, a Solver with options, or a compiled SolverTable (which fixes steps and spacing)
+    compat    "diffusers" or "k-diffusion": a named solver takes the steps of that code; None for its own options
     steps     solver steps, >= 1
     guidance  a scale or a CFG
     spacing   a key of SPACINGS, {"name": key, **its options}, explicit times, or None for the solver's own
@@ -33,12 +34,13 @@ class RowSettings:
     spacing: str | Mapping | tuple[float, ...] | None = None
     final: str | None = None
     clamp: tuple[float, float] | None = None
+    compat: str | None = None
 
     def __post_init__(self):
         if isinstance(self.steps, bool) or not isinstance(self.steps, (int, np.integer)) or self.steps < 1:
             raise ValueError(f"steps: must be an integer >= 1, got {self.steps!r}")
         if not isinstance(self.solver, SolverTable):
-            object.__setattr__(self, "solver", solver(self.solver))
+            object.__setattr__(self, "solver", solver(self.solver, compat=self.compat))
         if not isinstance(self.guidance, CFG):
             object.__setattr__(self, "guidance", CFG(float(self.guidance)))
         if self.clamp is not None and not self.clamp[0] < self.clamp[1]:

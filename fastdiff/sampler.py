@@ -107,8 +107,8 @@ class Sampler:
         progress  show a progress bar
         cancel    when set, raises Cancelled (with the last step) before the next call
 
-        Further settings: those of `step` (aux, hooks, device, dtype, guard) and of `plan` (solver, steps, guidance, spacing,
-        final, clamp), each one value or one per sample. The same seed gives the same noise whatever the batch, the
+        Further settings: those of `step` (aux, hooks, device, dtype, guard) and of `plan` (solver, compat, steps, guidance,
+        spacing, final, clamp), each one value or one per sample. The same seed gives the same noise whatever the batch, the
         device and the thread count. B = 0 returns an empty state. Non-finite values raise NonFiniteError, naming the step.
         """
         run = self._begin(shape, x, cond, negative, seed, settings)

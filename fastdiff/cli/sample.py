@@ -19,7 +19,7 @@ from fastdiff.plain import plain_sample
 from fastdiff.plan import Plan
 from fastdiff.quant.layer import QLayer
 from fastdiff.sampler import Sampler
-from fastdiff.solvers import SOLVERS
+from fastdiff.solvers import PRESETS, SOLVERS
 from fastdiff.solvers.compat import process_of
 
 _COMPARE_ROUNDS = 2
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=20, help="images (default 20)")
     parser.add_argument("--classes", type=int, nargs="+", default=None, help="class labels, repeated over the images")
     parser.add_argument("--solver", default="dpmpp-2m", help=f"one of {', '.join(SOLVERS)}; suffix -N sets an order")
+    parser.add_argument("--compat", choices=PRESETS, default=None, help="take the solver's steps as this code does")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--spacing", default=None, help="spacing of the noise levels (default: the solver's own)")
     parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale of class-conditional models")
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     mode = _accelerate(model, args)
     cond, negative = _conditions(model, args)
     sampler = Sampler(model.net, prediction=model.prediction, process=process_of(model.scheduler_config))
-    settings = {"solver": args.solver, "steps": args.steps, "spacing": args.spacing, "clamp": None}
+    settings = {"solver": args.solver, "compat": args.compat, "steps": args.steps, "spacing": args.spacing}
     settings["guidance"] = args.guidance if negative is not None else 1.0
     plan = sampler.plan(args.count, **settings)
     shape = (args.count, model.channels, model.size, model.size)

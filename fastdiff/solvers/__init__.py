@@ -15,6 +15,7 @@ from fastdiff.solvers import (
     unipc,
 )
 from fastdiff.solvers.catalog import solver
+from fastdiff.solvers.presets import PRESETS
 from fastdiff.solvers.row import Noise, Row, Solver
 from fastdiff.solvers.table import SolverTable, compile_table
 
@@ -36,4 +37,4 @@ SOLVERS: dict[str, Solver] = {
     )
 }
 
-__all__ = ["SOLVERS", "Noise", "Row", "Solver", "SolverTable", "compile_table", "solver"]
+__all__ = ["PRESETS", "SOLVERS", "Noise", "Row", "Solver", "SolverTable", "compile_table", "solver"]

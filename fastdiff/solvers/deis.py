@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from fastdiff.process import Level, Process
-from fastdiff.solvers.exponential import Rule, exponential_rows, solve_moments
+from fastdiff.solvers.exponential import Rule, exponential_rows, falling_orders, solve_moments
 from fastdiff.solvers.row import Row, Solver, choose
 
 _EXACT = frozenset({"data", "noise", "mean"})
@@ -16,13 +16,15 @@ _ROOT, _WEIGHT = np.polynomial.legendre.leggauss(20)
 _ROOT, _WEIGHT = 0.5 * (_ROOT + 1.0), 0.5 * _WEIGHT  # on [0, 1]
 
 
-def deis_rows(levels: list[Level], process: Process, *, order: int, variable: str) -> list[Row]:
+def deis_rows(
+    levels: list[Level], process: Process, *, order: int, variable: str, lower_order_below: int
+) -> list[Row]:
     """DEIS with `order` predictions, interpolated in `variable`: "t", "rho" (kappa) or "logrho".
 
     Order p is called tAB(p - 1), rhoAB(p - 1) in the paper. In "t" and "logrho" the step to zero noise has order 1.
     """
     choose("order", order, range(1, 5)), choose("variable", variable, ("t", "rho", "logrho"))
-    orders = [min(order, r + 1) for r in range(len(levels) - 1)]
+    orders = falling_orders(len(levels) - 1, order, lower_order_below, False)
     if variable == "rho":
         return kappa_rows(levels, orders)
     if variable == "logrho":
@@ -81,7 +83,7 @@ DEIS = Solver(
     order=3,
     history="noise",
     exact=_EXACT,
-    options={"order": 3, "variable": "t"},
+    options={"order": 3, "variable": "t", "lower_order_below": 0},
     spacing="quadratic",
     refine=_order,
 )
