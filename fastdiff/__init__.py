@@ -30,6 +30,7 @@ from fastdiff.sampler import Cancelled, Sampler, Step
 from fastdiff.solvers import SOLVERS, Solver, SolverTable
 from fastdiff.solvers.adaptive import denoiser, solve_adaptive
 from fastdiff.solvers.from_scheduler import from_scheduler
+from fastdiff.steering import AdaptiveGuidance
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "CFG",
     "SOLVERS",
     "VE",
+    "AdaptiveGuidance",
     "Cache",
     "CalibrationSet",
     "Cancelled",
