@@ -1,8 +1,9 @@
 #include "cpu/conv2d.h"
 
 #include "cpu/conv2d_fill.h"
+#include "cpu/conv2d_narrow.h"
 #include "cpu/conv2d_tile.h"
-#include "cpu/epilogue_tile.h"
+#include "cpu/conv2d_write.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
 
@@ -24,8 +25,7 @@ constexpr int64_t kSerialSteps = 1 << 15;  // 4 bytes of a pixel times 16 column
 template <class Kind>
 struct Job {
   const Conv2d& c;
-  Epilogue epilogue;
-  WriteTile* write;
+  WritePixels* write;
   Areas areas;
   Plane2d plane[2];
   const RowScale* scale[2];  // per sample, for codes
@@ -87,40 +87,6 @@ static void set_tile(Tile& t, const Area& area, int64_t index, int rows) {
   }
 }
 
-// Integer sums of a segment as its part of the result; `before` keeps that of the first of two segments.
-template <class Kind>
-static void scale_sums(const Job<Kind>& job, const Group& g, const Tile& t, int segment, float* sums, float* before) {
-  const int ld = g.panels * kPanel;
-  for (int i = 0; i < t.count; ++i) {
-    const float scale = job.scale[segment][t.pixel[i].sample].scale;
-    for (int n = 0; n < ld; n += kFloats) {
-      const int at = i * ld + n;
-      const F32 y = load<F32>(sums + at) * scale * load<F32>(g.scale + n);
-      if (job.c.segments == 1) {
-        store(sums + at, y);
-      } else if (segment == 0) {
-        store(before + at, y);
-      } else {
-        store(sums + at, load<F32>(before + at) + y);
-      }
-    }
-  }
-}
-
-// Pixels that follow one another go through the epilogue together.
-template <class Kind>
-static void write_pixels(const Job<Kind>& job, const Group& g, const Tile& t, const float* sums) {
-  const int ld = g.panels * kPanel;
-  for (int i = 0, rows; i < t.count; i += rows) {
-    const auto index = [&](int n) {
-      return (t.pixel[n].sample * job.c.out_height + t.pixel[n].y) * job.c.out_width + t.pixel[n].x;
-    };
-    const int64_t first = index(i);
-    for (rows = 1; i + rows < t.count && index(i + rows) == first + rows;) ++rows;
-    job.write(job.epilogue, sums + i * ld, ld, first, rows, g.first_panel, g.panels);
-  }
-}
-
 // A block of tiles times the panels of a group.
 template <class Kind>
 static void run_block(const Job<Kind>& job, const Group& g, const Tile* tile, int tiles) {
@@ -138,10 +104,16 @@ static void run_block(const Job<Kind>& job, const Group& g, const Tile* tile, in
                     n == chunks - 1 && (codes || last)};
       for (int i = 0; i < tiles; ++i) {
         right.start = g.start[s][tile[i].area - job.areas.area];
+        if (last && n == chunks - 1) fetch_places(job.c, tile[i], g.first_panel, g.panels);
         multiply_tile<Kind>(tile[i], p, job.c.stride, k, right, sums[i]);
         if (!k.ends) continue;
-        if (codes) scale_sums(job, g, tile[i], s, (float*)sums[i], before[codes ? i : 0]);
-        if (last) write_pixels(job, g, tile[i], (const float*)sums[i]);
+        const Scales scales{codes ? job.scale[s] : nullptr, g.scale};
+        if (last) {
+          const float* first = codes && s ? before[i] : nullptr;
+          job.write(job.c, scales, tile[i], (const float*)sums[i], first, g.first_panel, g.panels);
+        } else {
+          scale_sums(scales, tile[i], (const float*)sums[i], before[i], g.panels * kPanel);
+        }
       }
     }
     right.panel += p.steps * kStep;
@@ -224,25 +196,10 @@ static void prepare(Job<Kind>& job) {
   }
 }
 
-static Epilogue epilogue_of(const Conv2d& c) {
-  Epilogue e{};
-  e.columns = e.out_stride = e.residual_stride = c.outputs;
-  e.bias = c.bias;
-  e.shift = c.emb;
-  e.shift_stride = c.emb_stride;
-  e.rows_per_shift = c.out_height * c.out_width;
-  e.residual = c.residual;
-  e.residual_type = c.residual_type;
-  e.out = c.out;
-  e.out_type = c.out_type;
-  e.out_scale = c.out_scale;
-  return e;
-}
-
 template <class Kind>
 static void run(const Conv2d& c) {
   if (c.batch == 0) return;
-  Job<Kind> job{c, epilogue_of(c), write_tile_to<kLinear>(c.out_type), {}, {}, {}, (c.outputs + kPanel - 1) / kPanel, 0, 0};
+  Job<Kind> job{c, pixel_writer<Stored<Kind>::kType == kInt8>(c.out_type), {}, {}, {}, (c.outputs + kPanel - 1) / kPanel, 0, 0};
   prepare(job);
   const int64_t groups = (job.panels + kMostPanels - 1) / kMostPanels;
   job.group_panels = int((job.panels + groups - 1) / groups);
@@ -264,6 +221,7 @@ static void run(const Conv2d& c) {
 }  // namespace convolution
 
 void conv2d(const Conv2d& task) {
+  if (convolution::is_narrow(task)) return convolution::run_narrow(task);
   if (task.weight_type == kInt8) return convolution::run<Codes>(task);
   if (task.weight_type == kBFloat16) return convolution::run<Brains>(task);
   convolution::run<Floats>(task);

@@ -97,7 +97,7 @@ template <class Row>
 FASTDIFF_ALWAYS float write_codes(const Row& row, int64_t n, void* out) {
   I32 most{};
   each_vector(n, [&](int64_t c, auto part) { most = larger(most, magnitude(keep(Row::at(row, c, part), part))); });
-  const RowScale s = row_scale(largest(most));
+  const CodeScale s = code_scale(largest(most));
   each_vector(n, [&](int64_t c, auto part) { put((int8_t*)out + c, Row::at(row, c, part) * s.inverse, kInt8, part); });
   return s.scale;
 }

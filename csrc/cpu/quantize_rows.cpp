@@ -13,7 +13,7 @@ FASTDIFF_ALWAYS float quantize_row(int8_t* codes, const void* x, int64_t n, cons
     most[k] = larger(most[k], magnitude(fetch(element(x, i, kType), kType, part)));
   });
   for (int k = 1; k < Lanes64::kVectors; ++k) most[0] = larger(most[0], most[k]);
-  const RowScale s = row_scale(largest(most[0]));
+  const CodeScale s = code_scale(largest(most[0]));
   each_vector(n, [&](int64_t i, auto part) {
     prefetch(element(next, i, kType));
     put(codes + i, fetch(element(x, i, kType), kType, part) * s.inverse, kInt8, part);

@@ -269,11 +269,11 @@ FASTDIFF_ALWAYS int32_t largest(I32 value) {
 
 // The scale of int8 codes and what values are multiplied by, from the bits of the largest magnitude: as integers they
 // are ordered, infinity and NaN last.
-struct RowScale {
+struct CodeScale {
   float scale, inverse;
 };
 
-FASTDIFF_ALWAYS RowScale row_scale(int32_t largest_bits) {
+FASTDIFF_ALWAYS CodeScale code_scale(int32_t largest_bits) {
   if (largest_bits >= 0x7f800000) return {__builtin_nanf(""), __builtin_nanf("")};
   float most;
   memcpy(&most, &largest_bits, sizeof most);
