@@ -1,5 +1,6 @@
 """Attention in three named precisions, on strided views, with masks and lengths."""
 
+import functools
 import math
 
 import torch
@@ -211,9 +212,13 @@ def library_backend(capability: tuple[int, int], cudnn: int, q, k, v, mask, key_
     return "flash" if capability[0] in (8, 12) else None
 
 
+@functools.cache
+def _machine(device: torch.device) -> tuple[tuple[int, int], int]:
+    return torch.cuda.get_device_capability(device), torch.backends.cudnn.version() or 0
+
+
 def _library(q, k, v, mask, key_lengths, precision) -> str | None:
-    capability, cudnn = torch.cuda.get_device_capability(q.device), torch.backends.cudnn.version() or 0
-    return library_backend(capability, cudnn, q, k, v, mask, key_lengths, precision)
+    return library_backend(*_machine(q.device), q, k, v, mask, key_lengths, precision)
 
 
 def _refuse_sdpa(q, k, v, mask, key_lengths, scale, precision) -> str | None:

@@ -11,14 +11,17 @@ from fastdiff.kernels.rounding import INTERPRETED
 PIECES = 16  # of the keys, whose sums are made side by side
 MEANS_ROWS = 32
 MEANS_OPTIONS, CODES_OPTIONS = {"num_warps": 4}, {"num_warps": 8}
-# as in attention_launch.py. On sm_90 three blocks of 4 warps hide each other's latency (maxnreg), with e4m3 values
+# as in attention_launch.py. On sm_90 three blocks of 4 warps hide each other's latency (options_of)
 TILES: dict[int, dict[int, Tile]] = {
     80: {128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
     90: {256: Tile(64, 128, 4, 2, True)},
     120: {128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
 }
-REGISTERS = {90: {"maxnreg": 168}}
 INTERPRETED_TILE = Tile(16, 32, 4, 1)
+
+
+def options_of(arch: int, head_dim: int, tile: Tile) -> dict[str, int]:
+    return {**tile.options, **({"maxnreg": 168} if arch == 90 and head_dim <= 128 else {})}
 
 
 def tile_of(arch: int, head_dim: int) -> Tile:
@@ -100,8 +103,7 @@ def attention_int8_triton(
         EVEN=key_lengths is None and M % tile.keys == 0,
         TMA=tile.tma,
         SPECIALIZE=False,
-        **tile.options,
-        **REGISTERS.get(arch, {}),
+        **options_of(arch, D, tile),
     )
 
 

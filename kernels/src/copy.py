@@ -10,7 +10,7 @@ OUTER = 4  # dimensions beside the two of a tile
 LINE = 1024  # elements of a tile whose source and target are contiguous in the same dimension
 SQUARE = 64  # sides of a tile that is transposed through shared memory: 128 bytes of bfloat16
 OPTIONS = {"num_warps": 4}
-_PLAIN = [f"{name}{i}" for i in range(OUTER) for name in ("size", "from", "to")] + ["tiles_a", "tiles_b"]
+_PLAIN = [*(f"size{i}" for i in range(OUTER)), "tiles_a", "tiles_b"]
 
 
 @triton.jit(do_not_specialize=_PLAIN)

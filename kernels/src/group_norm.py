@@ -4,6 +4,8 @@ Large images take three launches: statistics of pieces, merging them per group, 
 program per group. No atomics and a fixed order, so the same bits in every run and for every batch.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -237,13 +239,14 @@ def group_norm_small_kernel(
     SILU: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """Program (sample, group): the group stays in registers."""
+    """Program (sample, group): the group stays in registers. ALIGNED divides its number of channels: loads are as wide."""
     program = tl.program_id(0)
     b, group = (program // groups).to(tl.int64), program % groups
-    width = C // groups
+    width = tl.multiple_of(C // groups, ALIGNED)
     lane = tl.arange(0, CHANNELS)[None, :]
-    c, pixel = group * width + lane, tl.arange(0, PIXELS)[:, None]
+    c, pixel = tl.multiple_of(group * width, ALIGNED) + lane, tl.arange(0, PIXELS)[:, None]
     inside = (lane < width) & (pixel < pixels)
     start, start2 = b * pixels * C1, b * pixels * (C - C1)
     x = _read(x_ptr, x2_ptr, start, start2, pixel, c, inside, C1, x_pixel, x_channel, x2_pixel)
@@ -316,6 +319,7 @@ def group_norm_triton(
             SILU=silu,
             PIXELS=tile[0],
             CHANNELS=tile[1],
+            ALIGNED=math.gcd(C // groups, 8),
             num_warps=small_warps(tile),
         )
         return
