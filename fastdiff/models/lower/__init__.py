@@ -6,6 +6,7 @@ from fastdiff.models.lower.ltx import lower_ltx
 from fastdiff.models.lower.pixart import lower_pixart
 from fastdiff.models.lower.sana import lower_sana
 from fastdiff.models.lower.sd3 import lower_sd3
+from fastdiff.models.lower.t5 import lower_t5
 from fastdiff.models.lower.unet import lower_unet
 from fastdiff.models.lower.vae import lower_decoder, lower_encoder
 from fastdiff.models.lower.wan import lower_wan
@@ -20,6 +21,8 @@ FAMILIES = {
     "PixArtTransformer2DModel": lower_pixart,
     "SD3Transformer2DModel": lower_sd3,
     "SanaTransformer2DModel": lower_sana,
+    "T5EncoderModel": lower_t5,
+    "UMT5EncoderModel": lower_t5,
     "UNet": lower_unet,
     "UNet2DModel": lower_unet,
     "UNet2DConditionModel": lower_unet,
