@@ -25,42 +25,52 @@ FASTDIFF_ALWAYS F32 load_first(const char* from, int type, int64_t n) {
   return load_float(staged, type);
 }
 
+// The largest of a vector's integers: its upper half is compared with the lower until 16 bytes are left.
+template <class Int, class V>
+FASTDIFF_ALWAYS Int largest_lane(V v) {
+  if constexpr (sizeof(V) > 16) {
+    typedef Int Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half half[2];
+    memcpy(half, &v, sizeof(V));
+    return largest_lane<Int>(half[0] > half[1] ? half[0] : half[1]);
+  } else {
+    Int best = v[0];
+    FASTDIFF_UNROLL
+    for (unsigned l = 1; l < sizeof(V) / sizeof(Int); ++l) best = v[l] > best ? v[l] : best;
+    return best;
+  }
+}
+
 // The largest of n integers without their signs. Magnitudes of floats are ordered like their bits.
 template <class Int, class V>
 FASTDIFF_ALWAYS Int largest_bits(const char* from, int64_t n) {
   constexpr int kLanes = kBytes / sizeof(Int);
   const V mask = V{} + Int(Int(~Int(0)) >> 1);
   V most[4] = {};
+  const auto include = [&](V& best, V bits) __attribute__((always_inline)) {
+    bits = bits & mask;
+    best = bits > best ? bits : best;
+  };
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes)
-    for (int k = 0; k < 4; ++k) {
-      const V bits = load<V>(from + (i + k * kLanes) * sizeof(Int)) & mask;
-      most[k] = bits > most[k] ? bits : most[k];
-    }
-  for (; i < n; i += kLanes) {
+    for (int k = 0; k < 4; ++k) include(most[k], load<V>(from + (i + k * kLanes) * sizeof(Int)));
+  for (; i + kLanes <= n; i += kLanes) include(most[0], load<V>(from + i * sizeof(Int)));
+  if (i < n) {
     V bits = {};
-    memcpy(&bits, from + i * sizeof(Int), size_t(n - i < kLanes ? n - i : kLanes) * sizeof(Int));
-    bits = bits & mask;
-    most[0] = bits > most[0] ? bits : most[0];
+    memcpy(&bits, from + i * sizeof(Int), size_t(n - i) * sizeof(Int));
+    include(most[1], bits);
   }
-  for (int k = 1; k < 4; ++k) most[0] = most[k] > most[0] ? most[k] : most[0];
-  Int each[kLanes], best = 0;
-  store(each, most[0]);
-  for (int l = 0; l < kLanes; ++l) best = each[l] > best ? each[l] : best;
-  return best;
+  include(most[0], most[1]);
+  include(most[2], most[3]);
+  include(most[0], most[2]);
+  return largest_lane<Int>(most[0]);
 }
 
 // The largest magnitude of n elements; the largest of numbers, infinity, NaN is what comes last in this list.
 FASTDIFF_ALWAYS float largest(const char* from, int type, int64_t n) {
-  alignas(64) char value[kBytes] = {};
-  if (type == kFloat32) {
-    store(value, largest_bits<uint32_t, U32>(from, n));
-  } else {
-    store(value, largest_bits<uint16_t, U16>(from, n));
-  }
-  float all[kFloats];
-  store(all, load_float(value, type));
-  return all[0];
+  if (type == kFloat32) return ((F32)(U32{} + largest_bits<uint32_t, U32>(from, n)))[0];
+  const U16Half bits = U16Half{} + largest_bits<uint16_t, U16>(from, n);
+  return load_float(&bits, type)[0];
 }
 
 struct RowScale {

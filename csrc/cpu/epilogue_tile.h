@@ -56,8 +56,15 @@ FASTDIFF_ALWAYS void store_some(char* to, F32 v, int64_t n, float inverse) {
   memcpy(to, staged, size_t(n * size_of(T)));
 }
 
-template <int A>
+// For results of type T.
+template <int A, int T>
 FASTDIFF_ALWAYS F32 activated(F32 v) {
+#if defined(__AVX512F__)
+  if constexpr (T == kInt8 || T == kBFloat16) {
+    if constexpr (A == kGelu || A == kGeglu) return quick_gelu(v, &kQuickGelu);
+    if constexpr (A == kGeluTanh || A == kGegluTanh) return quick_gelu(v, &kQuickGeluTanh);
+  }
+#endif
   if constexpr (A == kGelu || A == kGeglu) return gelu(v);
   if constexpr (A == kGeluTanh || A == kGegluTanh) return gelu_tanh(v);
   if constexpr (A == kSilu || A == kSwiglu) return silu(v);
@@ -74,7 +81,7 @@ struct Column {
 };
 
 // kFloats columns of the sums, for pairs with those of their gates 16 columns on
-template <int A>
+template <int A, int T>
 struct Columns {
   static constexpr bool kPairs = takes_pairs(A);
   int64_t at, out_at, n;  // n: how many of the result are there
@@ -86,73 +93,186 @@ struct Columns {
   }
   __attribute__((always_inline)) int64_t wide() const { return kPairs ? kFloats : n; }
 
-  template <bool kShifted>
   __attribute__((always_inline)) F32 scaled(const TileRows& t, int i, const float* sum, const Column& c, int64_t from) const {
     const F32 y = load<F32>(sum) * t.scale[i] * c.scale + c.bias;
-    return kShifted && t.shift[i] ? y + load_some(t.shift[i], from, wide()) : y;
+    return t.shift[i] ? y + load_some(t.shift[i], from, wide()) : y;
   }
 
-  template <bool kShifted>
   __attribute__((always_inline)) F32 result(const TileRows& t, int i, const float* sum) const {
-    const F32 y = scaled<kShifted>(t, i, sum, value, at);
-    if constexpr (kPairs) return y * activated<A>(scaled<kShifted>(t, i, sum + 16, gate, at + 16));
-    return activated<A>(y);
+    const F32 y = scaled(t, i, sum, value, at);
+    if constexpr (kPairs) return y * activated<A, T>(scaled(t, i, sum + 16, gate, at + 16));
+    return activated<A, T>(y);
   }
 };
 
 template <int A, int T>
 FASTDIFF_ALWAYS void write_columns(const Epilogue& e, const TileRows& t, const float* sums, int64_t ld, int rows,
-                                   const Columns<A>& c, float inverse) {
+                                   const Columns<A, T>& c, float inverse) {
   const int64_t bytes = c.out_at * size_of(T);
-  if (c.n >= kFloats && !e.shift && !e.gate && !e.residual) {
-    for (int i = 0; i < rows; ++i) store_as<T>(t.out[i] + bytes, c.template result<false>(t, i, sums + i * ld), inverse);
-    return;
-  }
   for (int i = 0; i < rows; ++i) {
-    F32 y = c.template result<true>(t, i, sums + i * ld);
+    F32 y = c.result(t, i, sums + i * ld);
     if (e.gate) y = y * load_some(t.gate[i], c.out_at, e.gate_type, c.n);
     if (e.residual) y = y + load_some(t.residual[i], c.out_at, e.residual_type, c.n);
     store_some<T>(t.out[i] + bytes, y, c.n, inverse);
   }
 }
 
+constexpr int kUnit = 2, kUnitColumns = 32;  // panels: a value and its gate
+
+alignas(64) static const float kAllOnes[kUnitColumns] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                                                         1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+alignas(64) static const float kAllZeros[kUnitColumns] = {};
+
+// Whether all columns of a unit of sums exist and have no shift: what a RowWriter takes.
+FASTDIFF_ALWAYS bool is_plain(const Epilogue& e, int64_t panel) {
+  return !e.shift && (panel + kUnit) * 16 <= e.columns * (takes_pairs(e.activation) ? 2 : 1);
+}
+
+// The epilogue of rows of a unit, a vector of the result with every next(): start() says where sums of how many further
+// rows lie. All that it needs lies in memory, so that it can run beside the products of the next tile.
+template <int A, int T>
+struct RowWriter {
+  const float *sums, *row_scale, *column_scale, *bias;
+  const char *gate = nullptr, *residual = nullptr;
+  char* out;
+  int64_t ld, row_scale_stride, gate_stride, residual_stride, out_stride;  // all but the first two in bytes
+  int64_t rows_per_gate, gate_left;                                       // rows until the next gate
+  int64_t column = 0, left = 0;                                           // rows
+  int gate_type, residual_type;
+  float inverse;
+
+  __attribute__((always_inline)) RowWriter(const Epilogue& e, int64_t row, int64_t panel, int64_t ld) : ld(ld) {
+    const int64_t first = panel * 16, result = takes_pairs(A) ? first / 2 : first;
+    row_scale = e.row_scale ? e.row_scale + row * e.row_scale_stride : kAllOnes;
+    row_scale_stride = e.row_scale ? e.row_scale_stride : 0;
+    column_scale = e.column_scale ? e.column_scale + first : kAllOnes;
+    bias = e.bias ? e.bias + first : kAllZeros;
+    if (e.gate) {
+      gate_type = e.gate_type;
+      gate_stride = e.gate_stride * size_of(gate_type);
+      rows_per_gate = e.rows_per_gate;
+      gate = (const char*)e.gate + row / rows_per_gate * gate_stride + result * size_of(gate_type);
+      gate_left = rows_per_gate - row % rows_per_gate;
+    }
+    if (e.residual) {
+      residual_type = e.residual_type;
+      residual_stride = e.residual_stride * size_of(residual_type);
+      residual = (const char*)e.residual + row * residual_stride + result * size_of(residual_type);
+    }
+    out_stride = e.out_stride * size_of(T);
+    out = (char*)e.out + row * out_stride + result * size_of(T);
+    inverse = e.out_scale ? 1.0f / *e.out_scale : 1.0f;
+  }
+
+  __attribute__((always_inline)) void start(const float* from, int64_t rows) {
+    sums = from;
+    left = rows;
+  }
+
+  __attribute__((always_inline)) bool more() const { return left > 0; }
+
+  __attribute__((always_inline)) F32 scaled(int64_t at) const {
+    return load<F32>(sums + at) * *row_scale * load<F32>(column_scale + at) + load<F32>(bias + at);
+  }
+
+  __attribute__((always_inline)) F32 result() const {
+    F32 y = scaled(column);
+    if constexpr (takes_pairs(A)) {
+      y = y * activated<A, T>(scaled(column + 16));
+    } else {
+      y = activated<A, T>(y);
+    }
+    if (gate) y = y * load_float(gate + column * size_of(gate_type), gate_type);
+    if (residual) y = y + load_float(residual + column * size_of(residual_type), residual_type);
+    return y;
+  }
+
+  __attribute__((always_inline)) void next() {
+    store_as<T>(out + column * size_of(T), result(), inverse);
+    column += kFloats;
+    if (column == (takes_pairs(A) ? 16 : 32)) end_row();
+  }
+
+  __attribute__((always_inline)) void end_row() {
+    column = 0;
+    sums += ld;
+    row_scale += row_scale_stride;
+    out += out_stride;
+    if (gate && --gate_left == 0) {
+      gate += gate_stride;
+      gate_left = rows_per_gate;
+    }
+    if (residual) {
+      residual += residual_stride;
+      const char* const later = residual + kMaxTileRows * residual_stride;  // about when the next tile is written
+      _mm_prefetch(later, _MM_HINT_T0);
+      _mm_prefetch(later + 64, _MM_HINT_T0);
+    }
+    --left;
+  }
+};
+
 template <int A, int T>
 static __attribute__((noinline)) void write_tile_as(const Epilogue& e, const float* sums, int64_t ld, int64_t row, int rows,
                                                     int64_t panel, int panels) {
+  int p = 0;
+  for (; p + kUnit <= panels && is_plain(e, panel + p); p += kUnit) {
+    RowWriter<A, T> writer(e, row, panel + p, ld);
+    writer.start(sums + p * 16, rows);
+    while (writer.more()) writer.next();
+  }
+  if (p == panels) return;
   TileRows t;
   find_rows(t, e, row, rows);
   const float inverse = e.out_scale ? 1.0f / *e.out_scale : 1.0f;
   constexpr int kPer = takes_pairs(A) ? 2 : 1;  // panels of sums for a panel of the result
-  for (int p = 0; p < panels; p += kPer) {
+  for (; p < panels; p += kPer) {
     for (int j = 0; j < 16; j += kFloats) {
       const int64_t column = (panel + p) * 16 + j, out_column = (panel + p) / kPer * 16 + j;
       if (out_column >= e.columns) return;
-      write_columns<A, T>(e, t, sums + p * 16 + j, ld, rows, Columns<A>(e, column, out_column), inverse);
+      write_columns<A, T>(e, t, sums + p * 16 + j, ld, rows, Columns<A, T>(e, column, out_column), inverse);
     }
   }
 }
 
 using WriteTile = void(const Epilogue& e, const float* sums, int64_t ld, int64_t row, int rows, int64_t panel, int panels);
 
+struct TileWriter {
+  using Function = WriteTile;
+  template <int A, int T>
+  FASTDIFF_ALWAYS Function* get() {
+    return write_tile_as<A, T>;
+  }
+};
+
+template <class Family, int A>
+FASTDIFF_ALWAYS typename Family::Function* choose_type(int type) {
+  if (type == kInt8) return Family::template get<A, kInt8>();
+  if (type == kBFloat16) return Family::template get<A, kBFloat16>();
+  return type == kFloat16 ? Family::template get<A, kFloat16>() : Family::template get<A, kFloat32>();
+}
+
 template <int A>
 FASTDIFF_ALWAYS WriteTile* write_tile_to(int type) {
-  if (type == kInt8) return write_tile_as<A, kInt8>;
-  if (type == kBFloat16) return write_tile_as<A, kBFloat16>;
-  return type == kFloat16 ? write_tile_as<A, kFloat16> : write_tile_as<A, kFloat32>;
+  return choose_type<TileWriter, A>(type);
+}
+
+// The function of a family, one per activation and type of the result.
+template <class Family>
+FASTDIFF_ALWAYS typename Family::Function* choose(const Epilogue& e) {
+  switch (e.activation) {
+    case kGelu: return choose_type<Family, kGelu>(e.out_type);
+    case kGeluTanh: return choose_type<Family, kGeluTanh>(e.out_type);
+    case kSilu: return choose_type<Family, kSilu>(e.out_type);
+    case kGeglu: return choose_type<Family, kGeglu>(e.out_type);
+    case kGegluTanh: return choose_type<Family, kGegluTanh>(e.out_type);
+    case kSwiglu: return choose_type<Family, kSwiglu>(e.out_type);
+    default: return choose_type<Family, kLinear>(e.out_type);
+  }
 }
 
 // What stores up to kMaxTileRows rows from `row` on and panels [panel, panel + panels) of the sums; both even for pairs.
-static inline WriteTile* tile_writer(const Epilogue& e) {
-  switch (e.activation) {
-    case kGelu: return write_tile_to<kGelu>(e.out_type);
-    case kGeluTanh: return write_tile_to<kGeluTanh>(e.out_type);
-    case kSilu: return write_tile_to<kSilu>(e.out_type);
-    case kGeglu: return write_tile_to<kGeglu>(e.out_type);
-    case kGegluTanh: return write_tile_to<kGegluTanh>(e.out_type);
-    case kSwiglu: return write_tile_to<kSwiglu>(e.out_type);
-    default: return write_tile_to<kLinear>(e.out_type);
-  }
-}
+static inline WriteTile* tile_writer(const Epilogue& e) { return choose<TileWriter>(e); }
 
 static inline void write_tile(const Epilogue& e, const float* sums, int64_t ld, int64_t row, int rows, int64_t panel,
                               int panels) {

@@ -6,8 +6,7 @@
 namespace fastdiff {
 namespace FASTDIFF_ISA {
 
-constexpr int kUnit = 2;                        // panels that a task works on: a value and its gate
-constexpr int64_t kBlockBytes = 384 << 10;      // of rows: what stays in 1 MB of L2 beside panels
+constexpr int64_t kBlockBytes = 768 << 10;      // of rows: what stays in 1 MB of L2 beside panels
 constexpr int64_t kBlockRows = 256;
 constexpr int64_t kSerialProducts = 1 << 17;    // that one thread multiplies in the time two need to start
 
@@ -38,9 +37,10 @@ static void for_blocks(const Linear& a, int64_t row_bytes, Run run) {
 template <int kRows, class Run>
 FASTDIFF_ALWAYS void for_tiles(int64_t rows, Run run) {
   const int64_t tiles = (rows + kRows - 1) / kRows;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t first = rows * t / tiles;
-    run(first, int(rows * (t + 1) / tiles - first));
+  for (int64_t t = 0, first = 0; t < tiles; ++t) {
+    const int count = int(rows / tiles + (t < rows % tiles));
+    run(first, count);
+    first += count;
   }
 }
 
@@ -52,20 +52,89 @@ FASTDIFF_ALWAYS void begin_sums(int32_t* first, const Linear& a, int64_t panel) 
   }
 }
 
+// Rows of a tile whose epilogue runs beside the next one's products, which leaves registers for it; blocks that don't
+// divide into tiles of kBesideRows - 2 to kBesideRows are left to multiply().
+constexpr int kBesideRows = 12;
+
+template <class Kind, int A, int T>
+constexpr bool kBeside = kTilePanels == 2 && !kOnTiles<Kind> && !__is_same(Kind, Floats) && T != kFloat16 &&
+                         (A == kLinear || (T != kFloat32 && A != kSilu && A != kSwiglu));
+
+// What runs beside the products of a tile: the epilogue of the one before, and fetching a part of the next panels.
+template <class Writer>
+struct Beside {
+  Writer writer;
+  const char* ahead;
+  int64_t advance;
+  __attribute__((always_inline)) void prefetch() {
+    _mm_prefetch(ahead, _MM_HINT_T1);
+    ahead += advance;
+  }
+  __attribute__((always_inline)) bool more() const { return writer.more(); }
+  __attribute__((always_inline)) void next() { writer.next(); }
+  __attribute__((always_inline)) void finish() {
+    while (more()) next();
+  }
+};
+
+template <class Kind, int R, class Writer>
+static __attribute__((noinline)) void multiply_beside(const Rows& rows, const Panels& p, float* out, Beside<Writer>& beside) {
+  Sums<Kind, R, kUnit> sum;
+  start<Kind, R, kUnit>(sum, p.first);
+  accumulate<Kind>(sum, rows, p.steps, p.data, p.stride, beside);
+  beside.finish();
+  finish<Kind>(sum, out, kUnit * kPanel);
+  beside.writer.start(out, R);
+}
+
+template <class Kind, int A, int T>
+static void multiply_block_beside(const Rows& rows, const Epilogue& e, const Block& b, const Panels& p) {
+  alignas(64) float sums[2][kBesideRows * kUnit * kPanel];
+  const int64_t tiles = (b.rows + kBesideRows - 1) / kBesideRows;
+  Beside<RowWriter<A, T>> beside{{e, b.row, b.panel, kUnit * kPanel}, p.data + kUnit * p.stride, (kUnit * kStep - 1) / tiles + 1};
+  int side = 0;
+  for_tiles<kBesideRows>(b.rows, [&](int64_t row, int count) {
+    const Rows tile{rows.base + (b.row + row) * rows.stride, rows.stride};
+    if (count == kBesideRows) multiply_beside<Kind, kBesideRows>(tile, p, sums[side], beside);
+    if (count == kBesideRows - 1) multiply_beside<Kind, kBesideRows - 1>(tile, p, sums[side], beside);
+    if (count == kBesideRows - 2) multiply_beside<Kind, kBesideRows - 2>(tile, p, sums[side], beside);
+    side ^= 1;
+  });
+  beside.finish();
+}
+
+// A block of the product with panels as they lie in memory.
+template <class Kind, int A, int T>
+static void multiply_block(const Rows& rows, const Epilogue& e, const Block& b, const Panels& p) {
+  if constexpr (kBeside<Kind, A, T>) {
+    if (b.panels == kUnit && is_plain(e, b.panel) && b.rows / ((b.rows + kBesideRows - 1) / kBesideRows) >= kBesideRows - 2)
+      return multiply_block_beside<Kind, A, T>(rows, e, b, p);
+  }
+  alignas(64) float sums[kMaxTileRows * kUnit * kPanel];
+  for_tiles<kTileRows<Kind>>(b.rows, [&](int64_t row, int count) {
+    const Rows tile{rows.base + (b.row + row) * rows.stride, rows.stride};
+    multiply<Kind>(count, b.panels, tile, p, sums, kUnit * kPanel);
+    write_tile_as<A, T>(e, sums, kUnit * kPanel, b.row + row, count, b.panel, b.panels);
+  });
+}
+
+template <class Kind>
+struct BlockMultiplier {
+  using Function = void(const Rows& rows, const Epilogue& e, const Block& b, const Panels& p);
+  template <int A, int T>
+  FASTDIFF_ALWAYS Function* get() {
+    return multiply_block<Kind, A, T>;
+  }
+};
+
 // The product with panels as they lie in memory.
 template <class Kind>
 static void multiply_direct(const Linear& a, const Rows& rows, int64_t steps, const Epilogue& e) {
-  WriteTile* const write = tile_writer(e);
+  auto* const multiply_one = choose<BlockMultiplier<Kind>>(e);
   for_blocks(a, steps * 4, [&](const Block& b) {
-    alignas(64) float sums[kMaxTileRows * kUnit * kPanel];
     alignas(64) int32_t first[kUnit * kPanel];
     begin_sums(first, a, b.panel);
-    const Panels panels{(const char*)a.weight + b.panel * steps * kStep, steps, steps * kStep, first, 0, nullptr};
-    for_tiles<kTileRows<Kind>>(b.rows, [&](int64_t row, int count) {
-      const Rows tile{rows.base + (b.row + row) * rows.stride, rows.stride};
-      multiply<Kind>(count, b.panels, tile, panels, sums, kUnit * kPanel);
-      write(e, sums, kUnit * kPanel, b.row + row, count, b.panel, b.panels);
-    });
+    multiply_one(rows, e, b, {(const char*)a.weight + b.panel * steps * kStep, steps, steps * kStep, first, 0, nullptr});
   });
 }
 

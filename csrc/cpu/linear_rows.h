@@ -91,7 +91,7 @@ static Rows code_rows(const Linear& a, Epilogue& e, int64_t multiple) {
     } else {
       scales[r] = quantize_row(to, from, a.x_type, a.inner, kOffset);
     }
-    memset(to + a.inner, kOffset, size_t(padded - a.inner));
+    if (a.inner < padded) memset(to + a.inner, kOffset, size_t(padded - a.inner));
   });
   return {base, stride};
 }

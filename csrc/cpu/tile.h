@@ -255,12 +255,19 @@ FASTDIFF_ALWAYS void start_rows(typename Kind::Sum (&sum)[R][Vectors], const int
   }
 }
 
+// What runs beside a tile's products: prefetch() with every step, next() after each while there is more(). Here nothing.
+struct Nothing {
+  FASTDIFF_ALWAYS void prefetch() {}
+  FASTDIFF_ALWAYS bool more() { return false; }
+  FASTDIFF_ALWAYS void next() {}
+};
+
 // sum += rows * panels over `steps` steps; panel_stride: bytes from one panel to the next
-template <class Kind, class Left, int R, int Vectors>
+template <class Kind, class Left, int R, int Vectors, class Beside>
 FASTDIFF_ALWAYS void accumulate(typename Kind::Sum (&sum)[R][Vectors], const Left& rows, int64_t steps, const char* panel,
-                                int64_t panel_stride) {
+                                int64_t panel_stride, Beside& beside) {
   auto from = cursor(rows);
-  for (int64_t s = 0; s < steps; ++s) {
+  const auto step = [&]() __attribute__((always_inline)) {
     from.hide(R);
     typename Kind::Right right[Vectors];
     FASTDIFF_UNROLL_ALL
@@ -273,7 +280,21 @@ FASTDIFF_ALWAYS void accumulate(typename Kind::Sum (&sum)[R][Vectors], const Lef
     }
     from.advance();
     panel += kStep;
+    beside.prefetch();
+  };
+  int64_t s = 0;
+  for (; s < steps && beside.more(); ++s) {
+    step();
+    beside.next();
   }
+  for (; s < steps; ++s) step();
+}
+
+template <class Kind, class Left, int R, int Vectors>
+FASTDIFF_ALWAYS void accumulate(typename Kind::Sum (&sum)[R][Vectors], const Left& rows, int64_t steps, const char* panel,
+                                int64_t panel_stride) {
+  Nothing nothing;
+  accumulate<Kind>(sum, rows, steps, panel, panel_stride, nothing);
 }
 
 // out[i][16 * panel + column] = float(sum), ld floats from row to row
