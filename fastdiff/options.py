@@ -35,6 +35,8 @@ class RunOptions:
         """The device of the run: the given one, else that of x, else that of the network, else the CPU."""
         if self.device is not None:
             device = torch.device(self.device)
+            if device.type not in ("cpu", "cuda"):
+                raise ValueError(f"device: must be cpu or cuda, got {str(device)!r}")
             if device.type == "cuda" and not torch.cuda.is_available():
                 raise RuntimeError("device: cuda was asked for, but torch sees no CUDA GPU; use device='cpu'")
             return device
@@ -46,6 +48,13 @@ class RunOptions:
         if self.model_dtype is not None:
             return self.model_dtype
         return next((p.dtype for p in _parameters(net) if p.dtype.is_floating_point), self.dtype)
+
+
+def check_model_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype itself. Raises TypeError where a network's input cannot have it."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"model_dtype: must be a float dtype of torch or None, got {dtype!r}")
+    return dtype
 
 
 def _parameters(net: Callable) -> Iterator[torch.Tensor]:

@@ -41,6 +41,8 @@ class RowSettings:
             raise ValueError(f"steps: must be an integer >= 1, got {self.steps!r}")
         if not isinstance(self.solver, SolverTable):
             object.__setattr__(self, "solver", solver(self.solver, compat=self.compat))
+        if not isinstance(self.guidance, (CFG, int, float)):
+            raise TypeError(f"guidance: must be a number or a CFG, got {self.guidance!r}")
         if not isinstance(self.guidance, CFG):
             object.__setattr__(self, "guidance", CFG(float(self.guidance)))
         if self.clamp is not None and not self.clamp[0] < self.clamp[1]:

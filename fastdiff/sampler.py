@@ -1,5 +1,6 @@
 """Sampler: one fixed-step loop for every solver, denoiser and state."""
 
+import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 from fastdiff import loop
 from fastdiff.conditioning import Conditioning
 from fastdiff.initial import Start, initial_leaves
-from fastdiff.options import RunOptions
+from fastdiff.options import RunOptions, check_model_dtype
 from fastdiff.plan import Plan, RowSettings, make_plan
 from fastdiff.process import PREDICTIONS, Process, VPDiscrete
 
@@ -69,13 +70,16 @@ class Sampler:
     ):
         if not callable(net):
             raise TypeError(f"Sampler: net must be callable as net(x, t, **cond), got {type(net).__name__}")
-        if isinstance(prediction, str) and prediction not in PREDICTIONS:
-            raise ValueError(f"Sampler: unknown prediction {prediction!r}; known are {', '.join(PREDICTIONS)}")
+        if prediction not in PREDICTIONS if isinstance(prediction, str) else len(prediction) != 3:
+            known = f"known are {', '.join(PREDICTIONS)} and mixes (p, q, r)"
+            raise ValueError(f"Sampler: unknown prediction {prediction!r}; {known}")
+        if process is not None and not isinstance(process, Process):
+            raise TypeError(f"Sampler: process must be a fastdiff.Process, as fastdiff.VPLinear(), got {process!r}")
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"Sampler: micro_batch must be >= 1 or None, got {micro_batch}")
         self.net, self.prediction, self.micro_batch = net, prediction, micro_batch
         self.process = VPDiscrete() if process is None else process
-        self.model_dtype = model_dtype
+        self.model_dtype = check_model_dtype(model_dtype)
 
     def plan(self, batch: int, **settings) -> Plan:
         """Compiles what `sample` would run, for `batch` samples.
@@ -188,7 +192,14 @@ def _per_row(name: str, value, batch: int) -> list:
 
 
 def _seeds(seed: int | Sequence[int], batch: int, device: torch.device) -> torch.Tensor:
-    values = [seed + b for b in range(batch)] if isinstance(seed, int) else [int(s) for s in seed]
+    try:
+        values = (
+            [seed + b for b in range(batch)]
+            if isinstance(seed, (int, np.integer))
+            else [operator.index(s) for s in seed]
+        )
+    except TypeError:
+        raise TypeError(f"seed: an integer or one integer per sample expected, got {seed!r}") from None
     if len(values) != batch:
         raise ValueError(f"seed: one per sample expected ({batch}), got {len(values)}")
     return torch.tensor([(s + 2**63) % 2**64 - 2**63 for s in values], dtype=torch.int64, device=device)
@@ -207,6 +218,8 @@ def _start(shape, x, seed, device: torch.device) -> Start:
         raise TypeError("sample: x must be a tensor or a pytree of tensors with a batch dimension")
     if any(leaf.shape[0] != leaves[0].shape[0] for leaf in leaves):
         raise ValueError(f"sample: tensors of x must share the batch size, got {[leaf.shape[0] for leaf in leaves]}")
+    if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
+        raise ValueError("sample: x holds NaN or Inf; give a finite state")
     return Start([tuple(leaf.shape) for leaf in leaves], structure, leaves, _seeds(seed, leaves[0].shape[0], device))
 
 

@@ -331,57 +331,6 @@ def test_half_precision_models_keep_a_float32_state():
     assert 1e-5 < error < 2e-2
 
 
-def test_an_empty_batch_is_returned_empty():
-    assert Sampler(elementwise_net).sample((0, *SHAPE)).shape == (0, *SHAPE)
-
-
-NAN = {"shift": torch.tensor([0.0, float("nan")])}
-BAD = {
-    "unknown solver": ({"solver": "dpmpp-9x"}, "dpmpp-2m"),
-    "steps": ({"steps": 0}, "steps: must be an integer >= 1"),
-    "fractional steps": ({"steps": 2.5}, "steps: must be an integer >= 1"),
-    "rows disagree": ({"steps": [3, 4, 5]}, r"steps: one value per sample expected \(2\), got 3"),
-    "seeds disagree": ({"seed": [1]}, "seed: one per sample"),
-    "rising times": ({"spacing": (0.1, 0.5, 0.9)}, "monotonic"),
-    "unknown spacing": ({"spacing": "karas"}, "karras"),
-    "NaN conditioning": ({"cond": NAN}, r"cond\['shift'\] holds NaN"),
-    "conditioning rows": ({"cond": {"shift": torch.zeros(3)}}, "first dimension 2"),
-    "no negative": ({"guidance": 2.0, "cond": {"shift": torch.zeros(2)}}, "negative="),
-    "guidance": ({"guidance": float("nan")}, "scale must be finite"),
-    "unknown setting": ({"guidence": 2.0}, "unknown setting 'guidence'"),
-    "clamp": ({"clamp": (1.0, -1.0)}, "clamp"),
-    "shape": ({"shape": (2, -1)}, "shape must be"),
-    "both": ({"x": torch.zeros(2, 3)}, "either shape or x"),
-    "state type": ({"shape": None, "x": torch.zeros(2, 3, dtype=torch.int64)}, "floating point"),
-    "dtype": ({"dtype": torch.float16}, "float32 or float64"),
-    "hooks": ({"hooks": [print]}, "Hook objects"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_refused_before_any_work(case):
-    called = []
-
-    def net(x, t, shift=None):
-        called.append(1)
-        return x
-
-    arguments, message = BAD[case]
-    arguments = {"shape": (2, *SHAPE), **arguments}
-    with pytest.raises((ValueError, TypeError), match=message):
-        Sampler(net).sample(arguments.pop("shape"), **arguments)
-    assert not called
-
-
-def test_a_network_with_the_wrong_shape_is_named():
-    with pytest.raises(ValueError, match="outputs like its input"):
-        Sampler(lambda x, t: x[:, :1]).sample((2, *SHAPE), solver="ddim", steps=2)
-    with pytest.raises(TypeError, match="callable"):
-        Sampler("net")
-    with pytest.raises(ValueError, match="unknown prediction"):
-        Sampler(elementwise_net, prediction="epsilon")
-
-
 @pytest.mark.gpu
 def test_a_captured_step_equals_the_eager_one():
     sampler = Sampler(elementwise_net, prediction="v", process=VPLinear())

@@ -19,6 +19,8 @@ def solver(name: str | Solver, *, compat: str | None = None, **options) -> Solve
         if compat is not None:
             raise ValueError(f"solver {name.name}: compat={compat!r} needs the solver's name, not one with options")
         return name.with_options(**options)
+    if not isinstance(name, str):
+        raise TypeError(f"solver: a key of SOLVERS, a Solver or a SolverTable expected, got {name!r}")
     table = solvers.SOLVERS
     if name in table:
         return table[name].with_options(**{**preset(name, compat), **options})
