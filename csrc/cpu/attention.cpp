@@ -70,8 +70,9 @@ void pack_task(const Plan<Mode>& p, int64_t first, int64_t task) {
 // log(sum of exp(scores)) of the tile's queries; the mean that codes of keys lack is put back.
 template <class Mode, int NV>
 void write_lse(const Attention& t, const Head& h, int64_t b, int64_t head, int64_t q0, const F32 (&top)[NV], const F32 (&total)[NV]) {
+  const float one = Mode::kCodes ? exponential<Mode::kExact>(splat(kLog2Of255))[0] : 1.0f;
   for (int i = 0; i < NV * kFloats && q0 + i < t.queries; ++i) {
-    const float sum = total[i / kFloats][i % kFloats] * (Mode::kCodes ? 1.0f / 255.0f : 1.0f);
+    const float sum = total[i / kFloats][i % kFloats] / one;
     float value = (top[i / kFloats][i % kFloats] + log2_of(sum)) * 0.693147181f;
     if (Mode::kCodes && sum != 0) {
       const char* q = element(t.q, t.type, b, q0 + i, head);

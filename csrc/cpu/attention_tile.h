@@ -64,8 +64,7 @@ static __attribute__((noinline)) void weigh(float* scores, int64_t count, const 
   typename Mode::Sum sum[NV];
   F32 base[NV], exact[NV];
   FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) sum[j] = Mode::start(0), exact[j] = F32{};
-  // codes of probabilities go to 255
-  FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) base[j] = (Mode::kCodes ? 7.99435344f : 0.0f) - top[j];
+  FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) base[j] = (Mode::kCodes ? kLog2Of255 : 0.0f) - top[j];
   auto group = [&](int64_t g, int64_t valid) __attribute__((always_inline)) {
     FASTDIFF_UNROLL for (int j = 0; j < NV; ++j) {
       F32 p[step] = {};
@@ -125,6 +124,66 @@ FASTDIFF_ALWAYS void transpose(U32 (&rows)[kFloats]) {
   }
 }
 
+#if defined(__AVX512F__)
+
+constexpr int64_t kEight = 8;  // channels of 16 bytes in bfloat16
+
+// Whether 16 rows from `first` on exist and consist of 16 bytes each of bfloat16.
+FASTDIFF_ALWAYS bool is_in_eights(const Attention& t, int64_t first) {
+  return t.type == kBFloat16 && t.dim % kEight == 0 && first + kFloats <= t.queries;
+}
+
+// Transposes 4 x 4 lanes within each 16 bytes: vector k of rows k, 4 + k, 8 + k, 12 + k becomes unit k of all rows in
+// order, and the other way round.
+FASTDIFF_ALWAYS void transpose_quarters(__m512i (&v)[4]) {
+  const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpacklo_epi32(v[2], v[3]);
+  const __m512i c = _mm512_unpackhi_epi32(v[0], v[1]), d = _mm512_unpackhi_epi32(v[2], v[3]);
+  v[0] = _mm512_unpacklo_epi64(a, b);
+  v[1] = _mm512_unpackhi_epi64(a, b);
+  v[2] = _mm512_unpacklo_epi64(c, d);
+  v[3] = _mm512_unpackhi_epi64(c, d);
+}
+
+// Units of 16 queries that are bfloat16 already; `next` bytes from one to the next, NV vectors from unit to unit.
+template <int NV>
+FASTDIFF_ALWAYS void copy_queries(uint32_t* to, const char* from, int64_t next, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += kEight) {
+    __m512i v[4];
+    FASTDIFF_UNROLL for (int k = 0; k < 4; ++k) {
+      const char* row = from + k * next + d * 2;
+      const auto part = [&](int l) { return _mm_loadu_si128((const __m128i*)(row + 4 * l * next)); };
+      v[k] = _mm512_broadcast_i32x4(part(0));
+      v[k] = _mm512_mask_broadcast_i32x4(v[k], 0x00f0, part(1));
+      v[k] = _mm512_mask_broadcast_i32x4(v[k], 0x0f00, part(2));
+      v[k] = _mm512_mask_broadcast_i32x4(v[k], 0xf000, part(3));
+    }
+    transpose_quarters(v);
+    FASTDIFF_UNROLL for (int k = 0; k < 4; ++k) store(to + (d / 2 + k) * NV * kFloats, v[k]);
+  }
+}
+
+// value(d) is channel d of 16 rows; they go to `to` as bfloat16, `next` bytes from one to the next.
+template <class Value>
+FASTDIFF_ALWAYS void write_eights(char* to, int64_t next, int64_t dim, Value value) {
+  for (int64_t d = 0; d < dim; d += kEight) {
+    __m512i v[4];
+    FASTDIFF_UNROLL for (int k = 0; k < 4; ++k) {
+      const F32 pair[2] = {value(d + 2 * k), value(d + 2 * k + 1)};
+      v[k] = (__m512i)BrainMode::join(pair);
+    }
+    transpose_quarters(v);
+    FASTDIFF_UNROLL for (int k = 0; k < 4; ++k) {
+      char* row = to + k * next + d * 2;
+      _mm_storeu_si128((__m128i*)row, _mm512_castsi512_si128(v[k]));
+      _mm_storeu_si128((__m128i*)(row + 4 * next), _mm512_extracti32x4_epi32(v[k], 1));
+      _mm_storeu_si128((__m128i*)(row + 8 * next), _mm512_extracti32x4_epi32(v[k], 2));
+      _mm_storeu_si128((__m128i*)(row + 12 * next), _mm512_extracti32x4_epi32(v[k], 3));
+    }
+  }
+}
+
+#endif
+
 // Units of the queries from q0 on, and in `scale` what their scores are to be multiplied with; NaN where a query is not finite.
 template <class Mode, int NV>
 static void pack_queries(const Attention& t, const Layout<Mode>& l, int64_t b, int64_t head, int64_t q0, uint32_t* to, float* scale) {
@@ -138,7 +197,14 @@ static void pack_queries(const Attention& t, const Layout<Mode>& l, int64_t b, i
     factor[i] = sign * inverse(amax);
     scale[i] = size * (amax * (1.0f / 127.0f));
   }
-  for (int j = 0; j < NV; ++j)
+  for (int j = 0; j < NV; ++j) {
+#if defined(__AVX512F__)
+    if (__is_same(Mode, BrainMode) && sign > 0 && is_in_eights(t, q0 + j * kFloats)) {
+      const char* from = element(t.q, t.type, b, q0 + j * kFloats, head);
+      copy_queries<NV>(to + j * kFloats, from, t.q.token * size_of(kBFloat16), t.dim);
+      continue;
+    }
+#endif
     for (int64_t u = 0; u < l.units; u += kFloats) {
       U32 rows[kFloats];
       _Pragma("GCC unroll 16") for (int i = 0; i < kFloats; ++i) {
@@ -151,6 +217,7 @@ static void pack_queries(const Attention& t, const Layout<Mode>& l, int64_t b, i
       transpose(rows);
       for (int64_t i = 0; i < kFloats && u + i < l.units; ++i) store(to + ((u + i) * NV + j) * kFloats, rows[i]);
     }
+  }
 }
 
 FASTDIFF_ALWAYS float log2_of(float x) { return __builtin_log2f(x); }
@@ -159,15 +226,21 @@ template <class Mode, int NV>
 static void finish(const Attention& t, const Head& h, int64_t b, int64_t head, int64_t q0, const float* out, const F32 (&total)[NV]) {
   for (int j = 0; j < NV; ++j) {
     const F32 empty = (F32)(total[j] == 0.0f), share = (F32)((U32)(1.0f / total[j]) & ~(U32)empty);
+    const auto channel = [&](int64_t d) __attribute__((always_inline)) {
+      const F32 x = load<F32>(out + (d * NV + j) * kFloats) * share;
+      if (!Mode::kCodes) return x;
+      return (F32)((U32)fused(x, splat(h.value_scale[d]), splat(h.value_mean[d])) & ~(U32)empty);
+    };
+#if defined(__AVX512F__)
+    if (is_in_eights(t, q0 + j * kFloats)) {
+      const int64_t next = t.heads * t.dim * size_of(kBFloat16), row = (b * t.queries + q0 + j * kFloats) * t.heads + head;
+      write_eights((char*)t.out + row * t.dim * size_of(kBFloat16), next, t.dim, channel);
+      continue;
+    }
+#endif
     for (int64_t d = 0; d < t.dim; d += kFloats) {
       U32 rows[kFloats];
-      _Pragma("GCC unroll 16") for (int i = 0; i < kFloats; ++i) {
-        rows[i] = U32{};
-        if (d + i >= t.dim) continue;
-        F32 x = load<F32>(out + ((d + i) * NV + j) * kFloats) * share;
-        if (Mode::kCodes) x = (F32)((U32)fused(x, splat(h.value_scale[d + i]), splat(h.value_mean[d + i])) & ~(U32)empty);
-        rows[i] = (U32)x;
-      }
+      _Pragma("GCC unroll 16") for (int i = 0; i < kFloats; ++i) rows[i] = d + i < t.dim ? (U32)channel(d + i) : U32{};
       transpose(rows);
       for (int64_t i = 0; i < kFloats && q0 + j * kFloats + i < t.queries; ++i) {
         const int64_t row = (b * t.queries + q0 + j * kFloats + i) * t.heads + head;

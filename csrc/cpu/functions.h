@@ -65,14 +65,17 @@ FASTDIFF_ALWAYS F32 gelu_tanh(F32 x) {
 // bfloat16 and out: SiLU takes 12 cycles a vector for 22).
 #if defined(__AVX512F__)
 
+// 2^x with a relative error below 9e-5, exact at integers; 0 and infinity at the infinities.
+FASTDIFF_ALWAYS F32 short_power_of_two(F32 x) {
+  const F32 r = (F32)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // 0 at infinities
+  F32 p = fused(r, splat(7.7065870e-2f), splat(0.22764628f));
+  p = fused(p, r, splat(0.69511652f));
+  return (F32)_mm512_scalef_ps((__m512)fused(p, r, splat(1.0f)), (__m512)x);
+}
+
 // x / (1 + 2^y)
 FASTDIFF_ALWAYS F32 halved_by_power(F32 x, F32 y) {
-  const F32 r = (F32)_mm512_reduce_ps((__m512)y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // 0 at infinities
-  F32 p = fused(r, splat(7.9020472e-2f), splat(0.22412240f));
-  p = fused(p, r, splat(0.69683731f));
-  p = fused(p, r, splat(0.99989885f));
-  const F32 power = (F32)_mm512_scalef_ps((__m512)p, (__m512)y);
-  return x * (F32)_mm512_rcp14_ps((__m512)(1.0f + power));
+  return x * (F32)_mm512_rcp14_ps((__m512)(1.0f + short_power_of_two(y)));
 }
 
 template <int kOut>
