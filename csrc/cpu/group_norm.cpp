@@ -179,22 +179,36 @@ static Moments join_chunks(const GroupNorm& t, const Layout& l, int64_t b, int64
   return {float(mean), float(mean - double(float(mean))), variance < 0 ? 0.0f : float(variance)};
 }
 
-struct Scaled {
+// What follows the norm, and is the same for all: a loop that knows it keeps its constants in registers.
+template <int kOutType, bool kIsActivated>
+struct Finish {
+  static constexpr int kOut = kOutType;
+  static constexpr bool kSilu = kIsActivated;
   float inverse;  // of the scale of int8 results
-  bool silu;
+
+  explicit Finish(const GroupNorm& t) : inverse(kOut == kInt8 ? 1.0f / *t.out_scale : 1.0f) {}
+
+  FASTDIFF_ALWAYS F32 value(const Finish& f, F32 y) {
+    if (kSilu) y = silu_as<kOut>(y);
+    return kOut == kInt8 ? y * f.inverse : y;
+  }
+  __attribute__((always_inline)) void operator()(void* out, F32 y, bool past, Whole whole) const {
+    if (kOut == kInt8) return put(out, value(*this, y), kInt8, whole);
+    if (past) return put_past(out, value(*this, y), kOut);
+    put_result(out, value(*this, y), kOut, whole);
+  }
+  __attribute__((always_inline)) void operator()(void* out, F32 y, bool, Part part) const {
+    put_result(out, value(*this, y), kOut, part);
+  }
 };
 
-template <int kOut>
-FASTDIFF_ALWAYS void finish(void* out, F32 y, const Scaled& s, bool past, Whole) {
-  if (s.silu) y = silu_as<kOut>(y);
-  if (kOut == kInt8) return put(out, y * s.inverse, kInt8, Whole());
-  if (past) return put_past(out, y, kOut);
-  put_result(out, y, kOut, Whole());
-}
-template <int kOut>
-FASTDIFF_ALWAYS void finish(void* out, F32 y, const Scaled& s, bool, Part part) {
-  if (s.silu) y = silu_as<kOut>(y);
-  put_result(out, kOut == kInt8 ? y * s.inverse : y, kOut, part);
+// Calls f with the Finish of a task.
+template <class F>
+FASTDIFF_ALWAYS void with_finish(const GroupNorm& t, F f) {
+  with_stored(t.out_type, [&](auto out) {
+    constexpr int kOut = decltype(out)::value;
+    t.silu ? f(Finish<kOut, true>(t)) : f(Finish<kOut, false>(t));
+  });
 }
 
 // Whether results are stored past the caches: large, and every vector aligned.
@@ -204,37 +218,37 @@ static bool is_past(const GroupNorm& t, int64_t elements, int64_t row, int64_t o
          row * bytes % kBytes == 0 && other * bytes % kBytes == 0;
 }
 
-template <int kType, int kOut, int kCount>
+template <int kType, int kCount, class F>
 FASTDIFF_ALWAYS void apply_pixels(const char* x, int64_t channels, char* out, int64_t stride, const float* row, int64_t C,
-                                  const Scaled& s, bool past) {
+                                  const F& finish, bool past) {
   each_vector(channels, [&](int64_t c, auto part) {
     const F32 mean = fetch(row + c, kFloat32, part), factor = fetch(row + C + c, kFloat32, part);
     const F32 addend = fetch(row + 2 * C + c, kFloat32, part);
     FASTDIFF_UNROLL
     for (int k = 0; k < kCount; ++k) {
       const F32 y = (fetch(x + (k * channels + c) * size_of(kType), kType, part) - mean) * factor + addend;
-      finish<kOut>(out + (k * stride + c) * size_of(kOut), y, s, past, part);
+      finish(out + (k * stride + c) * size_of(F::kOut), y, past, part);
     }
   });
 }
 
-template <int kType, int kOut>
+template <int kType, class F>
 static void apply_input(const GroupNorm& t, const Layout& l, int64_t b, int64_t begin, int64_t end,
-                        const GroupNorm::Input& in, int64_t offset) {
+                        const GroupNorm::Input& in, int64_t offset, const F& finish) {
+  constexpr int kOut = F::kOut;
   const int64_t C = l.channels;
-  const Scaled s{kOut == kInt8 ? 1.0f / *t.out_scale : 1.0f, t.silu};
   const bool past = is_past(t, t.batch * t.pixels * C, C, offset) && in.channels % kFloats == 0;
   const float* row = l.of(b) + offset;
   const char* x = element(in.data, (b * t.pixels + begin) * in.channels, kType);
   char* out = element(t.out, (b * t.pixels + begin) * C + offset, kOut);
   int64_t p = begin;
   for (; p + kQuad <= end; p += kQuad) {
-    apply_pixels<kType, kOut, kQuad>(x, in.channels, out, C, row, C, s, past);
+    apply_pixels<kType, kQuad>(x, in.channels, out, C, row, C, finish, past);
     x += kQuad * in.channels * size_of(kType);
     out += kQuad * C * size_of(kOut);
   }
   for (; p < end; ++p) {
-    apply_pixels<kType, kOut, 1>(x, in.channels, out, C, row, C, s, past);
+    apply_pixels<kType, 1>(x, in.channels, out, C, row, C, finish, past);
     x += in.channels * size_of(kType);
     out += C * size_of(kOut);
   }
@@ -245,9 +259,7 @@ static void apply_chunk(const GroupNorm& t, const Layout& l, int64_t b, int64_t 
   for (int64_t s = 0, offset = 0; s < 2; offset += t.x[s++].channels) {
     if (t.x[s].channels == 0) continue;
     with_float(t.x[s].type, [&](auto in) {
-      with_stored(t.out_type, [&](auto out) {
-        apply_input<decltype(in)::value, decltype(out)::value>(t, l, b, begin, end, t.x[s], offset);
-      });
+      with_finish(t, [&](auto finish) { apply_input<decltype(in)::value>(t, l, b, begin, end, t.x[s], offset, finish); });
     });
   }
 }
@@ -279,19 +291,18 @@ void group_norm(const GroupNorm& t) {
   }
 }
 
-template <int kType, int kOut>
-static void run_group(const GroupNorm& t, const Layout& l, int64_t b, int64_t g) {
+template <int kType, class F>
+static void run_group(const GroupNorm& t, const Layout& l, int64_t b, int64_t g, const F& finish) {
   const int64_t size = group_size(t, l), C = l.channels, begin = (b * C + g * size) * t.pixels;
   fill_parameters(t, l, b, g, moments<kType>(element(t.x[0].data, begin, kType), size * t.pixels));
-  const Scaled s{kOut == kInt8 ? 1.0f / *t.out_scale : 1.0f, t.silu};
   const bool past = is_past(t, t.batch * C * t.pixels, t.pixels, 0) && t.pixels % kFloats == 0;
   for (int64_t i = 0; i < size; ++i) {
     const float* row = l.of(b) + g * size + i;
     const char* x = element(t.x[0].data, begin + i * t.pixels, kType);
-    char* out = element(t.out, begin + i * t.pixels, kOut);
+    char* out = element(t.out, begin + i * t.pixels, F::kOut);
     each_vector(t.pixels, [&](int64_t p, auto part) {
       const F32 y = (fetch(x + p * size_of(kType), kType, part) - row[0]) * row[C] + row[2 * C];
-      finish<kOut>(out + p * size_of(kOut), y, s, past, part);
+      finish(out + p * size_of(F::kOut), y, past, part);
     });
   }
 }
@@ -299,10 +310,10 @@ static void run_group(const GroupNorm& t, const Layout& l, int64_t b, int64_t g)
 void group_norm_nchw(const GroupNorm& t) {
   const Layout l = layout(t);
   with_float(t.x[0].type, [&](auto in) {
-    with_stored(t.out_type, [&](auto out) {
+    with_finish(t, [&](auto finish) {
       auto body = [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; ++k)
-          run_group<decltype(in)::value, decltype(out)::value>(t, l, k / t.groups, k % t.groups);
+          run_group<decltype(in)::value>(t, l, k / t.groups, k % t.groups, finish);
         _mm_sfence();
       };
       parallel_for(t.batch * t.groups, t.batch * l.channels * t.pixels < kSerial, body);
