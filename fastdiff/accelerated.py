@@ -2,7 +2,9 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from fastdiff.cache import Reuse
@@ -68,8 +70,10 @@ class Report:
         ]
 
 
-def install(module: nn.Module, settings: Settings, guard: bool = False) -> None:
-    """Puts a module on fused kernels, in place. Nothing is changed where it raises."""
+def install(
+    module: nn.Module, settings: Settings, guard: bool = False, wrap: Callable[[Callable], Callable] | None = None
+) -> None:
+    """Puts a module on fused kernels, in place; `wrap` may put something around them. Nothing is changed where it raises."""
     check(module)
     remove(module)
     start = time.perf_counter()
@@ -83,13 +87,20 @@ def install(module: nn.Module, settings: Settings, guard: bool = False) -> None:
             raise ValueError(f"accelerate: a feature cache needs a lowered family; {type(module).__name__}: {reason}")
         running = Walked(module, settings, reason)
     running.set_up_s = time.perf_counter() - start
-    seat = Seat(module, Guarded(module, running) if guard else running)
+    run = running if wrap is None else wrap(running)
+    seat = Seat(module, Guarded(module, run) if guard else run)
     try:
         seat.take()
     except UnsupportedError as error:
         raise RuntimeError(f"accelerate: {error}") from None
     running.install()
     module.__dict__.update({_STATE: running, _SEAT: seat})
+
+
+def follow(module: nn.Module, schedule: Callable[[], torch.Tensor | None]) -> None:
+    """Lets an accelerated module compute what depends on time and conditioning for a whole schedule, once it is met."""
+    if isinstance(running := module.__dict__[_STATE], Running):
+        running.schedule = schedule
 
 
 def remove(module: nn.Module) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Hashable, Iterable
 import torch
 
 Tensor = torch.Tensor
+# fewer rows take other kernels of torch's on a CPU, with other bits: a schedule's rows must not tell how they were met
+_FEWEST = 16
 
 
 class TemporalTable:
@@ -34,6 +36,7 @@ class TemporalTable:
         self.before: Callable[[Tensor], None] | None = None  # told the timesteps of rows that `compute` is called for
         self.schedule: Callable[[], Tensor | None] = lambda: None
         self.computed = 0
+        self._row_bytes = 0
         self._refused = 0  # bytes of the largest schedule that did not fit
 
     def __str__(self) -> str:
@@ -69,10 +72,11 @@ class TemporalTable:
         keys = self._keys(inputs)
         if self._exact or not keys:
             return
-        first = self._add(keys[:1], tuple(tensor[:1] for tensor in inputs))[0]
-        nbytes = len(set(keys)) * first.nbytes
+        if not self._row_bytes:
+            self._add(keys[:1], tuple(tensor[:1] for tensor in inputs), _FEWEST)
+        nbytes = len(set(keys)) * self._row_bytes
         if nbytes <= self._max_bytes:
-            self._add(keys, inputs)
+            self._add(keys, inputs, _FEWEST)
         else:
             self._refused = max(self._refused, nbytes)
 
@@ -95,21 +99,22 @@ class TemporalTable:
             keys = [(position, whole) for position in range(len(keys))]
         return keys
 
-    def _add(self, keys: list[Hashable], inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """Computes what is missing and returns the rows of `keys`."""
+    def _add(self, keys: list[Hashable], inputs: tuple[Tensor, ...], fewest: int = 1) -> list[Tensor]:
+        """Computes what is missing, at least `fewest` rows at a time, and returns the rows of `keys`."""
         found = {key: self._rows[key] for key in keys if key in self._rows}
         first = {key: position for position, key in reversed(list(enumerate(keys))) if key not in found}
         wanted = list(range(len(keys))) if self._exact and first else sorted(first.values())
         size = len(wanted) if self._exact else self.rows_at_once
         for part in _parts(wanted, size):
-            index = torch.tensor(part)
+            index = torch.tensor(part + part[-1:] * (fewest - len(part)))
             chosen = [tensor.index_select(0, index) for tensor in inputs]
             if self.before is not None:
                 self.before(chosen[0])
             computed = self._compute(*chosen).float()
             self.computed += len(part)
-            found |= {keys[position]: row.clone() for position, row in zip(part, computed, strict=True)}
+            found |= {keys[position]: row.clone() for position, row in zip(part, computed, strict=False)}
         rows = [found[key] for key in keys]
+        self._row_bytes = rows[0].nbytes
         self._rows.update(found)
         while self._rows and self.nbytes > self._max_bytes:
             self._rows.popitem(last=False)

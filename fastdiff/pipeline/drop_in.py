@@ -10,10 +10,12 @@ from torch import nn
 from fastdiff import accelerated
 from fastdiff.models.lower.record import Settings
 from fastdiff.pipeline.drop_in_report import PipelineReport
+from fastdiff.pipeline.paired_calls import PairedCalls
 from fastdiff.pipeline.schedulers import as_fast
 from fastdiff.quant import QuantConfig, Quantized
 from fastdiff.quant.recipes import Recipe
 from fastdiff.quantized import quantize
+from fastdiff.steering import AdaptiveGuidance
 
 Quant = str | Recipe | QuantConfig | None
 
@@ -30,6 +32,7 @@ class Installed:
 
     modules    accelerated modules by the name that reports use
     quantized  denoisers whose layers were quantized, by name
+    paired     denoisers under adaptive guidance, by name
     scheduler  the scheduler before and now, or None
     left       what was left alone, and why
     """
@@ -37,6 +40,7 @@ class Installed:
     settings: Settings
     modules: dict[str, nn.Module] = field(default_factory=dict)
     quantized: dict[str, Quantized] = field(default_factory=dict)
+    paired: dict[str, PairedCalls] = field(default_factory=dict)
     scheduler: tuple[object, object] | None = None
     left: dict[str, str] = field(default_factory=dict)
     set_up_s: float = 0.0
@@ -47,7 +51,15 @@ def is_pipeline(target: object) -> bool:
     return not isinstance(target, nn.Module) and isinstance(getattr(target, "components", None), dict)
 
 
-def install(pipe: object, settings: Settings, *, quant: Quant, solver: bool, guard: bool) -> None:
+def install(
+    pipe: object,
+    settings: Settings,
+    *,
+    quant: Quant,
+    solver: bool,
+    guard: bool,
+    guidance: AdaptiveGuidance | None = None,
+) -> None:
     """Accelerates a pipeline in place; where anything raises, it is as it was before it was ever accelerated."""
     parts = list(_parts(pipe))
     if not any(name in _DENOISERS for name, _ in parts):
@@ -65,7 +77,12 @@ def install(pipe: object, settings: Settings, *, quant: Quant, solver: bool, gua
         for name, module in parts:
             if name in _DENOISERS and quant is not None:
                 done.quantized[name] = _quantize(module, quant)
-            accelerated.install(module, _settings_of(name, module, settings), guard)
+            paired = None
+            if name in _DENOISERS and guidance is not None:
+                paired = done.paired[name] = PairedCalls(module, guidance)
+            accelerated.install(module, _settings_of(name, module, settings), guard, paired and paired.around)
+            if name in _DENOISERS:
+                accelerated.follow(module, lambda: getattr(pipe.scheduler, "timesteps", None))
             done.modules[name] = module
     except BaseException:
         _take_back(pipe, done)
@@ -97,7 +114,8 @@ def describe(pipe: object) -> PipelineReport:
     elif done.scheduler is not None:
         left["scheduler"] = "replaced since by one that is not accelerated"
     quantized = {name: made.nbytes for name, made in done.quantized.items()}
-    return PipelineReport(type(pipe).__name__, parts, left, quantized, round(done.set_up_s, 3))
+    guidance = {name: str(paired) for name, paired in done.paired.items() if name not in gone}
+    return PipelineReport(type(pipe).__name__, parts, left, quantized, guidance, round(done.set_up_s, 3))
 
 
 def _parts(pipe: object) -> Iterator[tuple[str, nn.Module]]:
@@ -121,7 +139,9 @@ def _settings_of(name: str, module: nn.Module, settings: Settings) -> Settings:
         settings = replace(settings, mode="bf16")
     if name in _DENOISERS:
         return settings
-    return replace(settings, mode=_ONCE.get(settings.mode, settings.mode), keep_original=True, strict=False, spare=(), cache=None)
+    return replace(
+        settings, mode=_ONCE.get(settings.mode, settings.mode), keep_original=True, strict=False, spare=(), cache=None
+    )
 
 
 def _install_scheduler(pipe: object, done: Installed) -> None:

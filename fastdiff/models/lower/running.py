@@ -10,6 +10,7 @@ from torch import nn
 from fastdiff.cache import FeatureCache
 from fastdiff.models.lower import FAMILIES
 from fastdiff.models.lower.coded_layers import StepRanges, follow_times
+from fastdiff.models.lower.encoded import EncodedContexts
 from fastdiff.models.lower.layers import Packer
 from fastdiff.models.lower.lowered import Call, Lowered
 from fastdiff.models.lower.record import Record, Settings, UnsupportedError
@@ -33,6 +34,7 @@ class Running:
         self.module, self.settings = module, settings
         self.set_up_s = 0.0
         self.calls: Counter[str] = Counter()
+        self.schedule: Callable[[], Tensor | None] = lambda: None  # times of the sampling that runs, if known
         self._lowered: Lowered | None = None
         self._ranges = StepRanges()
         self._watched: list[tuple[dict, str, nn.Parameter, int, int | None]] = []
@@ -42,7 +44,7 @@ class Running:
 
     def _forget(self) -> None:
         self._programs: dict[tuple, Program] = {}
-        self._encoders: dict[tuple, Program] = {}
+        self._contexts = EncodedContexts(lambda *context: self._lowered.encode(*context))
         self._arena = Arena()
         if self.features is not None:
             self.features.clear()
@@ -103,6 +105,7 @@ class Running:
             self._lowered = lower(self.module, chosen, settings.shares_time)
             self._ranges = chosen.ranges
             self._lowered.temporal.before = follow_times(self.module)
+            self._lowered.temporal.schedule = lambda: self.schedule()
             if settings.deterministic == "batch":
                 self._lowered.temporal.rows_at_once = 1
 
@@ -161,7 +164,7 @@ class Running:
         key = (call.sample.shape, call.sample.dtype, *((c.shape, c.dtype) for c in call.context))
         if len(self._programs) >= _PROGRAMS:
             self._forget()
-        encoded = self._encode(key, call.context)
+        key, encoded = self._contexts.encoded(key, call.context)
         if self.features is not None:
             return self._run_staged(key, call, rows, encoded)
         body = lambda sample, rows: lowered.body(sample, rows, *encoded)
@@ -194,20 +197,6 @@ class Running:
         run = lambda rows, *rest: self._lowered.middle(rest[:n], rows, *rest[n:])
         inputs = tuple(map(take, (rows, *head, *encoded)))
         return self._program((*key, "middle", len(inputs[0])), run, inputs)(*inputs)
-
-    def _encode(self, key: tuple, context: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The encoded context, in place; computed again only when the context has other values."""
-        if not context:
-            return ()
-        encoder = self._encoders.get(key)
-        created = encoder is None
-        if created:
-            # memory of its own: what it made must outlive the runs of other programs
-            encoder = self._encoders[key] = Program(self._lowered.encode, context, Arena())
-        if created or not encoder.holds(*context):
-            encoder.load(*context)
-            encoder.run()
-        return encoder.outputs
 
 
 def _powers(index: Tensor) -> list[Tensor]:
