@@ -178,3 +178,19 @@ def test_hooks_and_half_precision(network):
     handle.remove()
     predict(net, call)
     assert _fused(net) == 2
+
+
+def test_contexts_that_take_turns_are_encoded_once(monkeypatch):
+    from fastdiff.models.lower import encoded
+
+    runs = []
+    monkeypatch.setattr(encoded.Program, "run", lambda self, run=encoded.Program.run: (runs.append(self), run(self)))
+    net = fastdiff.accelerate(NETWORKS["wan"].build(), "exact")
+    calls = [NETWORKS["wan"].call(seed=seed) for seed in range(3)]
+    truths = [predict(NETWORKS["wan"].build(), call) for call in calls]
+    for turn in (0, 1, 0, 1, 2, 1, 2, 0):
+        assert _error(predict(net, calls[turn]), truths[turn]) < 1e-5
+    places = {id(program) for _, program in next(iter(net._fastdiff._contexts._places.values()))}
+    assert (
+        len(places) == 2 and sum(id(program) in places for program in runs) == 2
+    )  # for the third, and the first again
