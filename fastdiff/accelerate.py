@@ -12,6 +12,7 @@ from fastdiff.accelerated import Report
 from fastdiff.cache import Cache
 from fastdiff.models.lower.record import Settings
 from fastdiff.pipeline.drop_in import PipelineReport, Quant, describe, install, is_pipeline, remove
+from fastdiff.steering import AdaptiveGuidance
 
 Target = TypeVar("Target")
 
@@ -24,6 +25,7 @@ def accelerate(
     attention: str | None = None,
     solver: bool = True,
     cache: Cache | None = None,
+    guidance: AdaptiveGuidance | None = None,
     deterministic: str = "run",
     strict: bool = False,
     guard: bool = False,
@@ -41,6 +43,7 @@ def accelerate(
     attention      precision of attention: "f32", "bf16" or "int8" (default: the mode's; int8 is never a default)
     solver         put the steps of a pipeline's scheduler on the fused kernel
     cache          a `fastdiff.Cache`: use features of inner blocks again within an error budget (lossy; known families)
+    guidance       a `fastdiff.AdaptiveGuidance` for a pipeline: leave out negative branches that no longer matter (lossy)
     deterministic  "run": equal calls have equal bits; "batch": rows of lowered models do not depend on their batch either;
                    "off": layers of models that are not lowered are timed, and keep what is faster on this machine
     strict         raise RuntimeError where a module, or a pipeline's denoiser or scheduler, would run as before; else
@@ -62,10 +65,12 @@ def accelerate(
         raise TypeError(_unknown(next(iter(unknown))))
     settings = Settings(mode, attention, spare, exact_time, keep_original, strict, deterministic, cache)
     if is_pipeline(target):
-        install(target, settings, quant=quant, solver=solver, guard=guard)
+        install(target, settings, quant=quant, solver=solver, guard=guard, guidance=guidance)
         return target
     if quant is not None:
         raise ValueError("accelerate: quant is for pipelines; call fastdiff.quantize(module, recipe) first")
+    if guidance is not None:
+        raise ValueError("accelerate: guidance is for pipelines; a Sampler takes it among its hooks")
     accelerated.install(target, settings, guard)
     return target
 

@@ -14,6 +14,7 @@ class PipelineReport:
     parts      reports of what is accelerated, by component
     left       why other components run as before
     quantized  bytes of the weights of quantized denoisers, by component
+    guidance   what adaptive guidance did, by component
     set_up_s   seconds that accelerating took
     """
 
@@ -21,6 +22,7 @@ class PipelineReport:
     parts: dict[str, Report | SchedulerReport]
     left: dict[str, str]
     quantized: dict[str, int]
+    guidance: dict[str, str]
     set_up_s: float
 
     @property
@@ -41,6 +43,7 @@ class PipelineReport:
         for name, part in self.parts.items():
             lines += [f"{name}: {line}" if i == 0 else f"  {line}" for i, line in enumerate(str(part).splitlines())]
         lines += [f"{name}: quantized to {size / 1e6:.1f} MB" for name, size in self.quantized.items()]
+        lines += [f"{name}: {line}" for name, line in self.guidance.items()]
         lines += [f"{name}: as before ({reason})" for name, reason in self.left.items()]
         return "\n".join(lines)
 
