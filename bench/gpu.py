@@ -1,39 +1,30 @@
-"""`python -m bench.gpu [--quick] [--out FILE.jsonl]`: checks every kernel on a CUDA machine, then times the solver step.
+"""`python -m bench.gpu [--quick] [--out FILE.jsonl] [--budget SECONDS]`: checks every kernel on a CUDA machine, then times it.
 
 Records go to bench/results/<gpu>-<date>.jsonl as they are made, a Markdown table to the terminal. Exit code 1 when a check
 fails (nothing is timed then), 2 without a GPU.
 """
 
 import argparse
-import dataclasses
-import importlib.util
 import json
-import math
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from bench.gpu_checks import check_graph, check_memory, check_numbers
-from bench.timing import Timing, header, interleave, memory_bandwidth
-from fastdiff.graph import StepGraph
-from fastdiff.ops import backend
-from fastdiff.ops.solver_step import bind, solver_step
-from fastdiff.ops.solver_step_samples import make_call
-
-SHAPES = ((2, 4, 64, 64), (1, 16, 128, 128), (1, 16, 21, 90, 160))
-# slots read, slots of h and of x that are written: what DPM++ 2M and UniPC-2 do with guidance
-ROWS = {"dpmpp-2m": (1, 0, -1), "unipc-2": (3, 0, 2)}
-SCHEDULERS = {"dpmpp-2m": "DPMSolverMultistepScheduler", "unipc-2": "UniPCMultistepScheduler"}
-FLIGHT = 200e6  # bytes of rotating buffers: more than any cache holds
-LINES = 100_000  # of `rows`: every replay uses one
+from bench.gpu_checks import check_cases, check_graph, check_graphs, check_memory, check_numbers
+from bench.gpu_ops import op_timings
+from bench.gpu_solver import SHAPES, call, solver_timings
+from bench.timing import header, memory_bandwidth
+from fastdiff.ops.solver_step import solver_step
 
 
-def main(quick: bool, out: Path | None) -> int:
+def main(quick: bool, out: Path | None, budget: float) -> int:
     if not torch.cuda.is_available():
         print("bench.gpu: torch sees no CUDA GPU; run it on a machine that has one", file=sys.stderr)
         return 2
+    deadline = time.monotonic() + budget
     machine = {**header(), "cuda": torch.version.cuda, "memory_bandwidth": memory_bandwidth(1 << 28, "cuda")}
     name = f"{machine['machine'].replace(' ', '-').lower()}-{machine['date']}.jsonl"
     out = out or Path(__file__).parent / "results" / name
@@ -41,28 +32,32 @@ def main(quick: bool, out: Path | None) -> int:
     print(f"{machine['machine']}: copies {machine['memory_bandwidth'] / 1e9:.0f} GB/s; records go to {out}")
     with out.open("a") as file:
         write = lambda record: print(json.dumps({**machine, **record}), file=file, flush=True)
-        failed = 0
-        for record in _checks(quick):
-            write(record)
-            if record["pass"] is False:
-                failed += 1
-                print(f"FAILED {record}", file=sys.stderr)
-        if failed:
+        if failed := _check(quick, write):
             print(f"bench.gpu: {failed} checks failed, so nothing is timed", file=sys.stderr)
             return 1
-        print("| row | shape | contender | us per step | p10 | p90 | % of copy |\n|---|---|---|---|---|---|---|")
-        for record in _timings("cuda", machine["memory_bandwidth"], seconds=0.3 if quick else 2.0):
+        print(TABLE_HEAD)
+        seconds = 0.3 if quick else 1.0
+        for record in _timings(machine["memory_bandwidth"], seconds, deadline):
             write(record)
-            numbers = (record["median_us"], record["p10_us"], record["p90_us"], 100 * record["fraction_of_memory"])
-            cells = " | ".join(f"{number:.2f}" for number in numbers)
-            print(f"| {record['row']} | {record['shape']} | {record['contender']} | {cells} |", flush=True)
+            print(table_line(record), flush=True)
     return 0
+
+
+def _check(quick: bool, write) -> int:
+    failed = 0
+    for record in _checks(quick):
+        write(record)
+        if record["pass"] is False:
+            failed += 1
+            print(f"FAILED {record}", file=sys.stderr)
+    return failed
 
 
 def _checks(quick: bool) -> Iterator[dict]:
     yield from check_numbers("cuda")
-    call = _call("dpmpp-2m", SHAPES[0], "cuda", 0)
-    for variant, refusal in solver_step.explain(*call).items():
+    yield from check_cases("cuda")
+    yield from check_graphs("cuda")
+    for variant, refusal in solver_step.explain(*call("dpmpp-2m", SHAPES[0], "cuda", 0)).items():
         if variant != "reference":
             missing = {"check": "graph", "variant": variant, "pass": None, "why": refusal}
             yield missing if refusal else check_graph("cuda", variant)
@@ -70,119 +65,28 @@ def _checks(quick: bool) -> Iterator[dict]:
         yield check_memory()
 
 
-def _timings(device: str, bandwidth: float, seconds: float) -> Iterator[dict]:
-    for row in ROWS:
-        for shape in SHAPES:
-            size = _bytes(row, shape)
-            sets = min(max(math.ceil(FLIGHT / size), 2), 64)
-            contenders = dict(_contenders(row, shape, device, sets))
-            for name, timing in interleave(contenders, seconds).items():
-                each = Timing(timing.median_us / sets, timing.p10_us / sets, timing.p90_us / sets, timing.n)
-                fraction = size / (each.median_us * 1e-6) / bandwidth
-                record = {
-                    "op": "solver_step",
-                    "row": row,
-                    "shape": shape,
-                    "contender": name,
-                    "bytes": size,
-                    "sets": sets,
-                }
-                yield {**record, **dataclasses.asdict(each), "fraction_of_memory": fraction}
+def _timings(bandwidth: float, seconds: float, deadline: float) -> Iterator[dict]:
+    yield from solver_timings("cuda", bandwidth, seconds)
+    yield from op_timings("cuda", bandwidth, seconds, deadline)
 
 
-def _bytes(row: str, shape: tuple[int, ...]) -> int:
-    """What one step must move: the state and history in float32, two model outputs and two inputs in bfloat16."""
-    reads, slot_h, slot_x = ROWS[row]
-    return math.prod(shape) * (8 + 4 * reads + 4 * (slot_h >= 0) + 4 * (slot_x >= 0) + 2 * 2 + 2 * 2)
+TABLE_HEAD = "| op | case | contender | us | p10 | p90 | % of copy | TFLOP/s |\n|---|---|---|---|---|---|---|---|"
 
 
-def _call(row: str, shape: tuple[int, ...], device: str, seed: int) -> tuple:
-    """The arguments of one step of a guided solver; every line of `rows` is the same row of the table."""
-    reads, slot_h, slot_x = ROWS[row]
-    generator = torch.Generator().manual_seed(seed)
-    args = list(make_call(generator, device, shape=shape, model=torch.bfloat16, slots=reads, copies=2))
-    args[3].zero_()
-    meta = torch.tensor([[slot_h, slot_x, 0, 0, 0, 0]] * len(args[8]), dtype=torch.int32, device=device)
-    args[8], args[9] = meta, torch.zeros(LINES, shape[0], dtype=torch.int32, device=device)
-    return tuple(args)
-
-
-def _contenders(row: str, shape: tuple[int, ...], device: str, sets: int) -> Iterator[tuple[str, Callable]]:
-    """Callables that make one step on each of `sets` buffers; "graph" replays a capture of that."""
-    calls = [_call(row, shape, device, seed) for seed in range(sets)]
-    for variant, refusal in solver_step.explain(*calls[0]).items():
-        if not refusal and variant != "reference":
-            yield f"{variant}, graph", _captured(_bound(variant, calls), device)
-            yield variant, _bound(variant, calls)
-    plain = lambda: [_eager(call) for call in calls]
-    yield "torch, graph", _captured(plain, device)
-    yield "torch", plain
-    yield "copy of as many bytes, graph", _captured(_copies(_bytes(row, shape), sets, device), device)
-    if importlib.util.find_spec("diffusers"):
-        yield f"diffusers {SCHEDULERS[row]}", _diffusers(row, shape, device, sets)
-
-
-def _bound(variant: str, calls: list[tuple]) -> Callable[[], None]:
-    """Steps as the sampler makes them: arguments checked and the variant chosen once."""
-    with backend(variant):
-        steps = [(bind(*call[:4], *call[5:]), call[4]) for call in calls]
-
-    def run() -> None:
-        for step, outputs in steps:
-            step(outputs)
-
-    return run
-
-
-def _captured(run: Callable[[], object], device: str) -> Callable[[], None]:
-    run()  # compiles and loads what a capture must not
-    return StepGraph(run, torch.device(device)).replay
-
-
-def _eager(call: tuple) -> None:
-    """Guidance, conversion, update and the next input in plain torch, with constants in place of coefficients."""
-    x, history, model_input, _, (cond, uncond), *_ = call
-    noise_pred = uncond + 5.0 * (cond - uncond)
-    h = (x - 0.6 * noise_pred.float()) * 1.25
-    new_x = 0.7 * x + 0.4 * h
-    for slot in history:
-        new_x = new_x - 0.1 * slot
-    history[0].copy_(h)
-    if len(history) > 1:
-        history[-1].copy_(x)
-    x.copy_(new_x)
-    model_input.copy_(new_x)
-
-
-def _copies(size: int, sets: int, device: str) -> Callable[[], None]:
-    pairs = [torch.ones(2, size // 8, device=device) for _ in range(sets)]  # half is read, half written
-
-    def run() -> None:
-        for source, target in pairs:
-            target.copy_(source)
-
-    return run
-
-
-def _diffusers(row: str, shape: tuple[int, ...], device: str, sets: int) -> Callable[[], None]:
-    import diffusers
-
-    scheduler = getattr(diffusers, SCHEDULERS[row])()
-    x = torch.randn(shape, device=device)
-    cond, uncond = torch.randn(2, *shape, device=device, dtype=torch.bfloat16)
-
-    def run() -> None:
-        scheduler.set_timesteps(sets, device=device)
-        sample = x
-        for t in scheduler.timesteps[:sets]:
-            sample = scheduler.step(uncond + 5.0 * (cond - uncond), t, sample, return_dict=False)[0]
-
-    return run
+def table_line(record: dict) -> str:
+    """One row of the table that the terminal shows."""
+    case = record.get("case") or f"{record.get('row', '')} {record['shape']}".strip()
+    if "skipped" in record:
+        return f"| {record['op']} | {case} | {record.get('contender', '')} | skipped: {record['skipped']} |||||"
+    numbers = (record["median_us"], record["p10_us"], record["p90_us"], 100 * record["fraction_of_memory"])
+    cells = " | ".join(f"{number:.2f}" for number in (*numbers, record.get("tflops", 0.0)))
+    return f"| {record['op']} | {case} | {record['contender']} | {cells} |"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="shorter timings, no sanitizer")
     parser.add_argument("--out", type=Path, help="where the records go")
+    parser.add_argument("--budget", type=float, default=480, help="seconds after which no more ops are timed")
     arguments = parser.parse_args()
-    sys.exit(main(arguments.quick, arguments.out))
+    sys.exit(main(arguments.quick, arguments.out, arguments.budget))

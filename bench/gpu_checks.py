@@ -5,17 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+from bench.gpu_ops import cases_of, shapes_of
 from fastdiff.graph import StepGraph
 from fastdiff.ops import OPS, backend
 from fastdiff.ops.solver_step import bind, solver_step
 from fastdiff.ops.solver_step_samples import make_call
 
 ROOT = Path(__file__).parents[1]
+LARGEST_CHECKED = 64e6  # bytes of a case: the reference of attention keeps all scores
 
 
 def check_numbers(device: str, largest: int | None = None) -> Iterator[dict]:
@@ -88,6 +90,68 @@ def _map(value, change):
 def _tensors(args: tuple) -> list[torch.Tensor]:
     flat = [v for a in args for v in (a if isinstance(a, list) else [a])]
     return [v for v in flat if isinstance(v, torch.Tensor)]
+
+
+def check_cases(device: str) -> Iterator[dict]:
+    """Every variant at the shapes of real models, with fresh random data, against the reference on the same.
+
+    Relative distance to the float32 reference; results have the rounding of bfloat16 (2e-3), those of "int8" of codes.
+    """
+    for name, op in OPS.items():
+        for shape in shapes_of(name):
+            for case in cases_of(name, shape, device):
+                if case.bytes > LARGEST_CHECKED:
+                    continue
+                for label in (label for label in case.contenders if label.startswith("fastdiff")):
+                    yield from _check_case(op, case, label)
+
+
+def _check_case(op, case, label: str) -> Iterator[dict]:
+    limit = 5e-2 if "int8" in label else 1e-2
+    try:
+        with backend("reference"):
+            want = _listed(case.contenders[label]())
+    except torch.cuda.OutOfMemoryError:
+        return
+    for variant in (v.name for v in op.variants if "cuda" in v.devices and v.name != "reference"):
+        record = {"check": "case", "op": op.name, "variant": variant, "case": case.label, "contender": label}
+        try:
+            with backend(variant):
+                got = _listed(case.contenders[label]())
+        except RuntimeError as refusal:
+            yield {**record, "pass": None, "why": str(refusal).splitlines()[0]}
+            continue
+        distance = max(_distance(g, w) for g, w in zip(got, want, strict=True))
+        yield {**record, "distance": distance, "pass": distance <= limit}
+
+
+def _distance(got: torch.Tensor, want: torch.Tensor) -> float:
+    got, want = got.double(), want.double()
+    return float((got - want).norm() / want.norm().clamp(min=1e-30))
+
+
+def check_graphs(
+    device: str, graph: Callable[[Callable[[], None], torch.device], object] = StepGraph
+) -> Iterator[dict]:
+    """A replay of every variant of every op that returns its results gives the bits of an eager call.
+
+    The results are overwritten between capture and replay: a launch that escaped to another stream leaves them so.
+    """
+    for op in (op for op in OPS.values() if not op.mutates):
+        args = max(op.samples(device), key=lambda args: max((t.numel() for t in _tensors(args)), default=0))
+        for name, refusal in op.explain(*args).items():
+            if name == "reference" or refusal:
+                continue
+            with backend(name):
+                eager, held = _listed(op(*args)), []
+                captured = graph(
+                    lambda args=args, op=op, held=held: held.extend(_listed(op(*args))), torch.device(device)
+                )
+            for tensor in held:
+                tensor.fill_(7)
+            captured.replay()
+            same = all(torch.equal(a.nan_to_num(5), b.nan_to_num(5)) for a, b in zip(eager, held, strict=True))
+            yield {"check": "graph", "op": op.name, "variant": name, "pass": same}
 
 
 def check_graph(device: str, variant: str) -> dict:

@@ -1,6 +1,6 @@
 """Benchmark cases: one file per op, found by the op's name; `cases(device, shapes, dtype)` yields Case objects.
 
-`shapes` replaces the op's usual ones when it is not empty; `dtype` is that of the data that a model makes.
+GPU_SHAPES, where a file has them, are what bench/gpu.py times. `shapes` replaces the op's usual ones when it is not empty; `dtype` is that of the data that a model makes.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,8 +14,10 @@ class Case:
     label       the shape, for people
     contenders  name -> callable; the first is ours
     bytes       minimum traffic of one call: every operand once
+    flops       of its matrix products
     """
 
     label: str
     contenders: Mapping[str, Callable[[], object]]
     bytes: int
+    flops: int = 0

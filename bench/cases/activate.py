@@ -8,6 +8,7 @@ from bench.cases import Case
 from fastdiff.ops import activate
 
 SHAPES = ((2, 256, 1024), (2, 256, 4608), (1, 4608, 12288))
+GPU_SHAPES = ((2, 1024, 4608), (1, 4608, 12288))
 
 
 def cases(device: str, shapes: tuple = (), dtype: torch.dtype = torch.float32) -> Iterator[Case]:

@@ -9,6 +9,7 @@ from bench.cases import Case
 from fastdiff.ops import attention_lse
 
 SHAPES = ((2, 8, 1024, 80, 1024), (2, 16, 256, 72, 256))
+GPU_SHAPES = ((2, 8, 4096, 40, 4096), (1, 24, 4608, 128, 4608))
 
 
 def cases(device: str, shapes: tuple = (), dtype: torch.dtype = torch.float32) -> Iterator[Case]:

@@ -9,6 +9,7 @@ from bench.cases import Case
 from fastdiff.ops import copy
 
 SHAPES = ((2, 4, 64, 64), (2, 320, 64, 64), (2, 1280, 16, 16), (2, 960, 128, 128))
+GPU_SHAPES = ((2, 320, 128, 128), (2, 1280, 32, 32))
 
 
 def cases(device: str, shapes: tuple = (), dtype: torch.dtype = torch.float32) -> Iterator[Case]:

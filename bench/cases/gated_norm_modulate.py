@@ -5,8 +5,10 @@ from collections.abc import Iterator
 import torch
 
 from bench.cases import Case
-from bench.cases.norm_modulate import SHAPES, plain
+from bench.cases.norm_modulate import GPU_SHAPES, SHAPES, plain
 from fastdiff.ops import gated_norm_modulate
+
+__all__ = ["GPU_SHAPES", "SHAPES", "cases"]
 
 
 def _plain(x, y, gate, shift, scale):

@@ -8,6 +8,8 @@ from bench.cases import Case
 from fastdiff.ops import norm_modulate
 
 SHAPES = ((2, 256, 384), (2, 256, 1152), (1, 4608, 3072), (2, 256, 256))
+# DiT-XL/2 at 512 pixels, SD3-medium, FLUX, Wan 1.3B
+GPU_SHAPES = ((2, 1024, 1152), (2, 4429, 1536), (1, 4608, 3072), (1, 32760, 1536))
 
 
 def plain(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 import torch
 
 from bench.cases import Case
-from bench.cases.norm_modulate import SHAPES, plain
+from bench.cases.norm_modulate import GPU_SHAPES, SHAPES, plain
 from fastdiff.ops import norm_modulate_int8
 from fastdiff.ops.quantize_rows import row_codes
+
+__all__ = ["GPU_SHAPES", "SHAPES", "cases"]
 
 
 def cases(device: str, shapes: tuple = (), dtype: torch.dtype = torch.float32) -> Iterator[Case]:

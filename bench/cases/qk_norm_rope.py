@@ -8,6 +8,7 @@ from bench.cases import Case
 from fastdiff.ops import qk_norm_rope
 
 SHAPES = ((1, 1024, 24, 64), (1, 4608, 24, 128))
+GPU_SHAPES = ((1, 4608, 24, 128), (1, 32760, 12, 128))
 
 
 def _plain(x, weight, cos, sin):

@@ -9,6 +9,7 @@ from fastdiff.ops import quantize_rows
 from fastdiff.ops.quantize_rows import row_codes
 
 SHAPES = ((512, 384), (512, 1152), (4096, 1280), (4608, 12288))
+GPU_SHAPES = ((4608, 3072), (4608, 12288))
 
 
 def cases(device: str, shapes: tuple = (), dtype: torch.dtype = torch.float32) -> Iterator[Case]:

@@ -8,6 +8,7 @@ from bench.cases import Case
 from fastdiff.ops import resample
 
 SHAPES = ((2, 320, 32, 32), (2, 1280, 16, 16))
+GPU_SHAPES = ((2, 640, 64, 64),)
 
 
 def cases(device: str, shapes: tuple = (), dtype: torch.dtype = torch.float32) -> Iterator[Case]:
