@@ -34,6 +34,16 @@ from fastdiff.steering import AdaptiveGuidance
 
 __version__ = "0.1.0"
 
+
+def __getattr__(name: str) -> object:
+    """`FastdiffConfig` is made when it is asked for: it needs diffusers, and registers with it."""
+    if name == "FastdiffConfig":
+        from fastdiff.pipeline.quantizer import FastdiffConfig
+
+        return FastdiffConfig
+    raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
+
+
 __all__ = [
     "CFG",
     "SOLVERS",

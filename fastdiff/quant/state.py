@@ -27,17 +27,6 @@ def to_tensors(made: Quantized) -> tuple[dict[str, Tensor], dict[str, str], dict
     layers = qlayers(made.net)
     parts = {f"{name}.{part}" for name, layer in layers.items() for part in layer.state_dict()}
     tensors = {name: t if name in parts else _narrow(t) for name, t in made.net.state_dict().items()}
-    records = {}
-    for name, layer in layers.items():
-        spec, group = layer.scheme.weight, layer.codes().group
-        sym = layer.weight_zero is None
-        records[name] = {
-            "dtype": spec.dtype,
-            "bits": spec.bits,
-            "group": group,
-            "in_features": layer.in_features,
-            "sym": sym,
-        }
     schemes = {json.dumps(encode(r.scheme), sort_keys=True): r.scheme for r in made.layers if r.scheme is not None}
     index = {text: i for i, text in enumerate(sorted(schemes))}
     settings = made.config.to_dict() | {
@@ -47,7 +36,21 @@ def to_tensors(made: Quantized) -> tuple[dict[str, Tensor], dict[str, str], dict
         },
         "times": None if made.steps is None else [float(t) for t in made.steps.times],
     }
-    return tensors, {RECORDS: json.dumps(records), KEY: json.dumps(settings, sort_keys=True)}, settings
+    return tensors, {RECORDS: json.dumps(layer_records(made.net)), KEY: json.dumps(settings, sort_keys=True)}, settings
+
+
+def layer_records(net: nn.Module) -> dict[str, dict[str, Any]]:
+    """What a strict reader compares the tensors of every quantized layer with (`models.quant_record`)."""
+    return {
+        name: {
+            "dtype": layer.scheme.weight.dtype,
+            "bits": layer.scheme.weight.bits,
+            "group": layer.codes().group,
+            "in_features": layer.in_features,
+            "sym": layer.weight_zero is None,
+        }
+        for name, layer in qlayers(net).items()
+    }
 
 
 def from_tensors(net: nn.Module, settings: dict[str, Any], tensors: dict[str, Tensor]) -> StepContext | None:
