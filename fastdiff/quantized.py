@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from fastdiff.carry import Carry, Hook
 from fastdiff.models.load import LoadedModel
+from fastdiff.ops.solver_step import COEF
 from fastdiff.quant import QuantConfig, Quantized
 from fastdiff.quant import quantize as quantize_network
 from fastdiff.quant.calibration import SETS, CalibrationSet
 from fastdiff.quant.config import encode
-from fastdiff.quant.correction import predictions
+from fastdiff.quant.correction import NAME, EpsCorrection, predictions
 from fastdiff.quant.evaluate import check_gate, evaluate, layer_sqnr_db
 from fastdiff.quant.measures import sqnr_db
 from fastdiff.quant.quantize import Store
@@ -165,3 +167,36 @@ def measure(
 
 def _bytes(net: torch.nn.Module) -> int:
     return sum(t.nbytes for t in (*net.parameters(), *net.buffers()))
+
+
+class ResidualVariance(Hook):
+    """Lets a stochastic solver inject less noise: the variance that quantization has added already (PTQD, He et al. 2023).
+
+    correction  the EpsCorrection of a quantized network; its `var` is what remains of an output's error, per time
+    """
+
+    def __init__(self, correction: EpsCorrection) -> None:
+        self._correction = correction
+
+    def coefficients(self, carry: Carry, coef: Tensor) -> Tensor:
+        """The coefficients [B, 21] of this call with C0 and C1 scaled; a solver without noise is left as it is."""
+        time = torch.as_tensor(carry.plan.time[carry.tick]) if carry.time is None else carry.time
+        correction = self._correction
+        rows = (time.float().reshape(-1, 1).to(correction.times.device) - correction.times).abs().argmin(1)
+        of = lambda *names: coef[:, [COEF.index(name) for name in names]]
+        # an error of an output reaches the state through the prediction, clamped or not
+        reach = (of("B") + of("R")) * of("b0", "b1", "b2", "b3")
+        added = reach.square().sum(1) * correction.var[rows].to(coef)
+        injected = of("C0", "C1").square().sum(1)
+        share = torch.where(
+            injected > 0, (1 - added / injected.clamp(min=1e-30)).clamp(min=0), torch.ones_like(injected)
+        )
+        coef = coef.clone()
+        coef[:, [COEF.index("C0"), COEF.index("C1")]] *= share.sqrt()[:, None]
+        return coef
+
+
+def noise_hooks(net: torch.nn.Module) -> tuple[Hook, ...]:
+    """`hooks=` for sampling with a quantized network: what its output correction knows about noise, if it has one."""
+    correction = getattr(net, NAME, None)
+    return () if correction is None else (ResidualVariance(correction),)

@@ -2,20 +2,25 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_quant_layers import inputs, output, tiny_dit, tiny_unet
 
+from fastdiff.ops.solver_step import COEF
+from fastdiff.process import VPDiscrete
 from fastdiff.quant import QConv2d, QLinear, QSplit, QuantConfig, Scheme, TemporalPolicy, TensorSpec, quantize
 from fastdiff.quant.calibration import CalibrationSet
-from fastdiff.quant.correction import fit_correction
+from fastdiff.quant.correction import EpsCorrection, fit_correction
 from fastdiff.quant.layer import qlayers
 from fastdiff.quant.measures import sqnr_db
 from fastdiff.quant.plan import TEMPORAL
 from fastdiff.quant.recipes import RECIPES
 from fastdiff.quant.shortcuts import find_shortcuts
 from fastdiff.quant.temporal_block import feature_errors, find_block, stored_errors
+from fastdiff.quantized import ResidualVariance, noise_hooks
+from fastdiff.sampler import Sampler
 
 NETS = {"unet": tiny_unet, "dit": tiny_dit}
 
@@ -217,3 +222,44 @@ def test_a_copy_of_a_quantized_network_is_independent():
     layer.steps.set(900.0)
     assert next(iter(qlayers(net).values())).steps is not layer.steps
     assert torch.equal(output(net, data), want) and not torch.allclose(output(other, data), want, atol=1.0)
+
+
+@pytest.mark.parametrize("guided", (False, True))
+def test_T45_solvers_inject_less_noise_by_what_quantization_adds(guided):
+    times, var = torch.tensor([900.0, 500.0, 100.0]), torch.tensor([0.01, 0.02, 100.0])
+    net = torch.nn.Identity()
+    correction = EpsCorrection(times, torch.zeros(3), torch.zeros(3, 1), var)
+    assert noise_hooks(net) == ()
+    net.eps_correction = correction
+    (hook,) = noise_hooks(net)
+    at = {name: i for i, name in enumerate(COEF)}
+    coef = torch.zeros(3, len(COEF))
+    for name, value in {"b0": 0.5, "b1": -1.5 * guided, "B": 2.0, "R": -1.0, "C0": 0.3, "C1": 0.4, "A": 1.0}.items():
+        coef[:, at[name]] = value
+    carry = SimpleNamespace(time=None, tick=1, plan=SimpleNamespace(time=[None, [880.0, 510.0, 90.0]]))
+    got = hook.coefficients(carry, coef)
+    added = (0.25 + 2.25 * guided) * var
+    want = (0.25 - added).clamp(min=0)  # where quantization adds more than the solver would, it injects nothing
+    torch.testing.assert_close(got[:, at["C0"]] ** 2 + got[:, at["C1"]] ** 2, want)
+    others = [i for name, i in at.items() if name not in ("C0", "C1")]
+    assert torch.equal(got[:, others], coef[:, others])
+    still = coef.clone()
+    still[:, [at["C0"], at["C1"]]] = 0
+    assert torch.equal(hook.coefficients(carry, still), still)
+
+
+def test_T45_less_noise_restores_the_variance_of_samples():
+    """Data of variance 1: their exact denoiser, whose outputs carry white errors as a quantized network's do."""
+    process, spread, generator = VPDiscrete(), 0.2, torch.Generator().manual_seed(0)
+
+    def variance(spread, *hooks):
+        def net(x, t):
+            sigma = torch.from_numpy(process.schedule(t.double().numpy())[1]).float().view(-1, 1, 1)
+            return sigma * x + spread * torch.randn(x.shape, generator=generator)
+
+        samples = Sampler(net, process=process).sample((64, 1, 64), solver="ddpm", steps=20, hooks=hooks)
+        return float(samples.var())
+
+    correction = EpsCorrection(torch.tensor([500.0]), torch.zeros(1), torch.zeros(1, 1), torch.full((1,), spread**2))
+    clean, plain, corrected = variance(0.0), variance(spread), variance(spread, ResidualVariance(correction))
+    assert plain > 1.05 * clean and abs(corrected - clean) < 0.25 * (plain - clean), (clean, plain, corrected)
