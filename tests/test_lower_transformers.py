@@ -9,6 +9,7 @@ from joint_networks import JOINT, POOLED
 
 import fastdiff
 from fastdiff.ops import native
+from fastdiff.ops.coded import Coded, take
 
 pytestmark = pytest.mark.skipif(native.cpu() is None, reason=f"no native code: {native.cpu_missing()}")
 EXACT = 1e-5  # largest error relative to the output's largest magnitude
@@ -109,6 +110,30 @@ def test_spared_layers_stay_in_floating_point(mode):
     assert _error(predict(net, call), own) < 0.06
     runs = {layer.name: layer.runs for layer in fastdiff.report(net).layers}
     assert all(runs[name] == "bfloat16" for name in spared) and runs["x_embedder"] == runs["proj_out"] == "float32"
+
+
+@pytest.mark.parametrize("recipe", ("w8a8", "w4a16"))
+@pytest.mark.parametrize("name", ("sd3.5", "flux"))
+def test_quantized_layers_run_in_the_fused_forward(name, recipe):
+    net, call = JOINT[name].build(), JOINT[name].call()
+    fastdiff.quantize(net, recipe)
+    own = predict(net, call)
+    fastdiff.accelerate(net, "exact", strict=True)
+    assert _error(predict(net, call), own) < 0.02
+    runs = {layer.name: layer.runs for layer in fastdiff.report(net).layers}
+    assert any("quantized" in runs[key] for key in runs if "attn.qkv" in key)
+    if name == "flux":
+        assert all("quantized" in runs[f"single_transformer_blocks.0.proj_out ({part})"] for part in ("heads", "mlp"))
+
+
+def test_quantized_layers_are_cut_between_their_groups():
+    coded = Coded(torch.arange(-32, 32, dtype=torch.int8).view(2, 32), torch.rand(2, 4), None, torch.ones(2), "float")
+    parts = take(coded, slice(0, 8)), take(coded, slice(8, None))
+    weight = lambda c: c.codes.unflatten(1, (c.scale.shape[1], -1)) * c.scale[..., None]
+    assert torch.equal(torch.cat([weight(part) for part in parts], 1), weight(coded))
+    assert parts[0].bias is None and parts[1].bias is coded.bias
+    with pytest.raises(ValueError, match="8 inputs share a scale"):
+        take(coded, slice(0, 12))
 
 
 FALLBACKS = (

@@ -101,9 +101,10 @@ def _call_sd3(module, x, t, text, pooled):
 
 def _call_flux(module, x, t, text, pooled):
     height = math.isqrt(x.shape[1])
-    places = torch.cartesian_prod(torch.zeros(1), *(torch.arange(float(n)) for n in (height, x.shape[1] // height)))
-    guidance = torch.full((len(x),), 3.5)
-    ids = (places, torch.zeros(text.shape[1], 3))
+    on = {"device": x.device}
+    sides = (torch.arange(float(n), **on) for n in (height, x.shape[1] // height))
+    ids = torch.cartesian_prod(torch.zeros(1, **on), *sides), torch.zeros(text.shape[1], 3, **on)
+    guidance = torch.full((len(x),), 3.5, **on)
     return module(x, text, pooled, t / 1000, *ids, guidance, return_dict=False)[0]
 
 

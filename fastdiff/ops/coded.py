@@ -69,6 +69,23 @@ def join(parts: list[Coded]) -> Coded:
     return dataclasses.replace(first, **joined, up=up, bias=bias)
 
 
+def take(coded: Coded, inputs: slice) -> Coded:
+    """What a linear layer does to some of its inputs; the last of them bring its bias.
+
+    Raises ValueError where groups of inputs that share a scale or a rotation would be cut.
+    """
+    width = (coded.dense if coded.codes is None else coded.codes).shape[1]
+    start, stop, _ = inputs.indices(width)
+    groups = 1 if coded.scale is None else coded.scale.shape[1]
+    shared = max(1 if groups == 1 else width // groups, 1 if coded.hadamard is None else len(coded.hadamard))
+    if start % shared or stop % shared:
+        raise ValueError(f"{shared} inputs share a scale or a rotation, which cannot be cut at {start} and {stop}")
+    columns = lambda t: None if t is None else t[:, start:stop]
+    scale = coded.scale if groups == 1 else coded.scale[:, start * groups // width : stop * groups // width]
+    parts = {name: columns(getattr(coded, name)) for name in ("codes", "dense", "down")}
+    return dataclasses.replace(coded, **parts, scale=scale, bias=coded.bias if stop == width else None)
+
+
 class CodedLinear:
     """A linear layer with a quantized weight, packed; everything that is not codes runs in `stream`, a float dtype.
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastdiff import ops
 from fastdiff.models.lower.record import Mode, Record, UnsupportedError
-from fastdiff.ops.coded import Coded, CodedConv, CodedLinear, Range, join
+from fastdiff.ops.coded import Coded, CodedConv, CodedLinear, Range, join, take
 
 Tensor = torch.Tensor
 
@@ -78,6 +78,22 @@ def nearest_rows(times: Tensor, known: Tensor) -> Tensor:
     return (times.detach().float().reshape(-1, 1) - known).abs().argmin(1)
 
 
+class CodedPart:
+    """A quantized linear layer over some of its inputs."""
+
+    def __init__(self, layer: nn.Module, inputs: slice) -> None:
+        self._layer, self._inputs = layer, inputs
+        self.scheme, self.steps = layer.scheme, getattr(layer, "steps", None)
+
+    def coded(self) -> Coded:
+        """As the layer's own; raises ValueError where its groups would be cut."""
+        return take(self._layer.coded(), self._inputs)
+
+    @property
+    def static_tables(self) -> tuple[Tensor, Tensor | None]:
+        return self._layer.static_tables
+
+
 @dataclass(frozen=True)
 class FusedLinear:
     """A quantized linear layer in the place of a PackedLinear."""
@@ -89,6 +105,10 @@ class FusedLinear:
     @property
     def out_features(self) -> int:
         return self.product.out_features
+
+    @property
+    def stream(self) -> torch.dtype:
+        return self.product.stream
 
     def __call__(
         self,

@@ -7,6 +7,7 @@ from torch import nn
 
 from fastdiff import ops
 from fastdiff.models.lower.attention_checks import check_attention
+from fastdiff.models.lower.coded_layers import CodedPart, is_coded
 from fastdiff.models.lower.context import FLOATS, ONCE, read_pooled, read_text
 from fastdiff.models.lower.heads import Columns, Modulations, Rotation, TokenNorm, join, pack_norm, turn
 from fastdiff.models.lower.joint import PROCESSORS, Norms, pack_head_norms, pack_joint_block
@@ -210,8 +211,10 @@ def _pack_single(packer: Packer, name: str, block: nn.Module, modulations: Modul
     return packed
 
 
-def _split(name: str, linear: nn.Linear, width: int) -> tuple[nn.Linear, nn.Linear]:
+def _split(name: str, linear: nn.Module, width: int) -> tuple[nn.Module, nn.Module]:
     """Two layers whose sum a layer is: over the first `width` inputs, and over the others."""
+    if is_coded(linear):
+        return CodedPart(linear, slice(0, width)), CodedPart(linear, slice(width, None))
     check_plain(name, linear, nn.Linear)
     parts = nn.Linear(1, 1, bias=False, device="meta"), nn.Linear(1, 1, bias=False, device="meta")
     for part, weight in zip(parts, (linear.weight[:, :width], linear.weight[:, width:]), strict=True):

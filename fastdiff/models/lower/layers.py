@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastdiff import ops
+from fastdiff.models.lower.adapters import merged
 from fastdiff.models.lower.coded_layers import CodedPacker, StepRanges, is_coded
 from fastdiff.models.lower.record import Mode, Record, UnsupportedError
 from fastdiff.ops.packing import conv_weight_sums, interleave, pack, pack_conv
@@ -115,6 +116,7 @@ class Packer:
         """
         if any(map(is_coded, linears)):
             return self.coded.linear(name, *linears, pairs=pairs, once=bool(spare))
+        linears = tuple(merged(name, layer) for layer in linears)
         for layer in linears:
             check_plain(name, layer, type(layer) if _is_patchwise(layer) else nn.Linear)
         device = "meta" if self._dry else "cpu"
@@ -150,6 +152,7 @@ class Packer:
         """
         if is_coded(conv):
             return self.coded.conv(name, conv, channels, padding, upsample)
+        conv = merged(name, conv)
         check_plain(name, conv, nn.Conv2d)
         flat = conv.weight.detach().to("meta" if self._dry else "cpu").float().flatten(1)
         form = self._format(name, spare, precise)
@@ -190,7 +193,7 @@ class Packer:
     def give_up(self, *layers: nn.Module) -> None:
         """Frees the weights of packed layers, where the originals are not kept."""
         if not self._keep_original:
-            for layer in layers:
+            for layer in (layer for layer in layers if not is_coded(layer)):
                 layer.weight = nn.Parameter(layer.weight.to("meta"), requires_grad=False)
 
     def _note(self, name: str, packed: Tensor, spare: str) -> None:
