@@ -129,13 +129,21 @@ def test_long_texts_are_cut_where_no_row_goes_on():
     assert text.shape == (2, 64, 16) and bias.shape == (2, 1, 64)
 
 
+@pytest.mark.parametrize("name, tokens", (("wan", 36), ("ltx", 30)))
+def test_timesteps_of_tokens_may_be_the_same(name, tokens):
+    net, call = NETWORKS[name].build(), NETWORKS[name].call()
+    call["timestep"] = call["timestep"][:, None].expand(2, tokens)
+    own = predict(net, call)
+    assert _error(predict(fastdiff.accelerate(net, strict=True), call), own) < 1e-5
+
+
 FALLBACKS = (
     ("pixart-sigma", {"attention_mask": torch.ones(2, 16)}, "attention_mask"),
     ("pixart-sigma", {"cross_attention_kwargs": {"gligen": None}}, "cross_attention_kwargs"),
     ("pixart-sigma", {"hidden_states": torch.randn(2, 4, 9, 8)}, "multiples of 2"),
-    ("wan", {"timestep": torch.full((2, 36), 500)}, "a timestep per token"),
+    ("wan", {"timestep": 500 * (torch.arange(36) > 5).expand(2, 36)}, "different timesteps"),
     ("wan", {"hidden_states": torch.randn(2, 4, 3, 6, 9)}, "multiples of 2"),
-    ("ltx", {"timestep": torch.full((2, 30), 500)}, "a timestep per token"),
+    ("ltx", {"timestep": 500 * (torch.arange(30) > 5).expand(2, 30)}, "different timesteps"),
 )
 
 
@@ -194,3 +202,23 @@ def test_contexts_that_take_turns_are_encoded_once(monkeypatch):
     assert (
         len(places) == 2 and sum(id(program) in places for program in runs) == 2
     )  # for the third, and the first again
+
+
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+def test_bfloat16_modules_lose_no_more_than_their_own(network):
+    net, call = network.build(), network.call(3)
+    truth, half = predict(net, call), net.bfloat16()
+    call = {k: v.bfloat16() if k in ("hidden_states", "encoder_hidden_states") else v for k, v in call.items()}
+    own = predict(half, call)
+    got = predict(fastdiff.accelerate(half, "exact", strict=True), call)
+    assert got.dtype == torch.bfloat16 and _signal(got.float(), truth) > _signal(own.float(), truth) - 1
+
+
+@every_network
+def test_original_weights_can_be_given_up(network):
+    net, call = network.build(), network.call()
+    own = predict(net, call)
+    weights = sum(p.nbytes for p in net.parameters())
+    fastdiff.accelerate(net, "w8a8", keep_original=False)
+    assert _signal(predict(net, call), own) > SIGNAL["w8a8"]
+    assert sum(p.nbytes for p in net.parameters() if p.device.type != "meta") < 0.6 * weights

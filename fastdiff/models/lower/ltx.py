@@ -10,9 +10,9 @@ from fastdiff.models.lower.context import FLOATS, pack_caption, read_text
 from fastdiff.models.lower.context_block import ContextBlock, Surroundings, pack_cross, pack_self
 from fastdiff.models.lower.heads import pack_feed_forward, pack_norm
 from fastdiff.models.lower.layers import Packer
-from fastdiff.models.lower.lowered import Call, only_defaults, require, rows_of_time
+from fastdiff.models.lower.lowered import Call, only_defaults, require
 from fastdiff.models.lower.structure import Structure
-from fastdiff.models.lower.trunk import FIRST, LAST, ContextModel, Trunk, modulations, wrap_output
+from fastdiff.models.lower.trunk import FIRST, LAST, ContextModel, Trunk, modulations, time_of_rows, wrap_output
 from fastdiff.temporal import TemporalTable
 
 Tensor = torch.Tensor
@@ -60,12 +60,9 @@ class LoweredLTX(ContextModel):
         sample, rows, channels = hidden_states, hidden_states.shape[0], self._module.proj_in.in_features
         require(sample.dim() == 3 and sample.shape[2] == channels, f"sample: [B, N, {channels}] is needed")
         require(sample.dtype in FLOATS, f"sample is {sample.dtype}")
-        require(
-            not isinstance(timestep, Tensor) or timestep.numel() in (1, rows), "a timestep per token is not lowered"
-        )
         text = read_text(encoder_hidden_states, encoder_attention_mask, rows, self._text_width)
         rotation = self._rotation(sample, (num_frames, height, width), rope_interpolation_scale, video_coords)
-        temporal = (rows_of_time(timestep, rows),)
+        temporal = (time_of_rows(timestep, rows),)
         return Call(sample, temporal, (*text, *rotation), wrap_output(self._module, return_dict))
 
     def _rotation(

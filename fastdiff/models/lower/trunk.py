@@ -11,7 +11,7 @@ from fastdiff import ops
 from fastdiff.models.lower.context import Caption
 from fastdiff.models.lower.context_block import ContextBlock, Surroundings
 from fastdiff.models.lower.heads import TokenNorm
-from fastdiff.models.lower.lowered import output_class
+from fastdiff.models.lower.lowered import output_class, require, rows_of_time
 
 Tensor = torch.Tensor
 FIRST = "first layer: few input channels, and its error reaches everything"
@@ -106,6 +106,14 @@ def modulations(blocks: nn.ModuleList, final: nn.Module, six: Tensor, embedded: 
     table = lambda module: module.scale_shift_table.detach().flatten()
     six, two = six.float(), embedded.float().repeat(1, 2)
     return torch.cat([*(six + table(block) for block in blocks), two + table(final)], dim=1)
+
+
+def time_of_rows(timestep: Tensor | float, rows: int) -> Tensor:
+    """Timesteps as `[rows]`; one for each token `[rows, N]` will do where those of a row are the same."""
+    if isinstance(timestep, Tensor) and timestep.dim() == 2 and timestep.shape[0] == rows:
+        require(bool((timestep == timestep[:, :1]).all()), "tokens of one sample have different timesteps")
+        timestep = timestep[:, 0]
+    return rows_of_time(timestep, rows)
 
 
 def wrap_output(module: nn.Module, return_dict: bool) -> Callable[[Tensor], object]:

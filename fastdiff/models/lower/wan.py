@@ -8,10 +8,10 @@ from fastdiff.models.lower.context import FLOATS, pack_caption, read_text
 from fastdiff.models.lower.context_block import ContextBlock, Surroundings, pack_cross, pack_self
 from fastdiff.models.lower.heads import pack_feed_forward, pack_norm
 from fastdiff.models.lower.layers import Packer
-from fastdiff.models.lower.lowered import Call, only_defaults, require, rows_of_time
+from fastdiff.models.lower.lowered import Call, only_defaults, require
 from fastdiff.models.lower.patches import patchify, unpatchify
 from fastdiff.models.lower.structure import Structure
-from fastdiff.models.lower.trunk import FIRST, LAST, ContextModel, Trunk, modulations, wrap_output
+from fastdiff.models.lower.trunk import FIRST, LAST, ContextModel, Trunk, modulations, time_of_rows, wrap_output
 from fastdiff.temporal import TemporalTable
 
 Tensor = torch.Tensor
@@ -51,7 +51,6 @@ class LoweredWan(ContextModel):
         """The arguments of diffusers' forward."""
         self._structure.check()
         only_defaults(encoder_hidden_states_image=encoder_hidden_states_image, attention_kwargs=attention_kwargs)
-        require(not isinstance(timestep, Tensor) or timestep.dim() < 2, "a timestep per token is not lowered")
         sample, channels = hidden_states, self._module.patch_embedding.in_channels
         require(sample.dim() == 5 and sample.shape[1] == channels, f"sample: [B, {channels}, F, H, W] is needed")
         require(sample.dtype in FLOATS, f"sample is {sample.dtype}")
@@ -60,7 +59,7 @@ class LoweredWan(ContextModel):
         require(max(self._grid(sample)) <= longest, f"more than {longest} positions along one side")
         rows = sample.shape[0]
         text = read_text(encoder_hidden_states, None, rows, self._text_width)
-        return Call(sample, (rows_of_time(timestep, rows),), text, wrap_output(self._module, return_dict))
+        return Call(sample, (time_of_rows(timestep, rows),), text, wrap_output(self._module, return_dict))
 
     def prepare(self, call: Call) -> None:
         grid = self._grid(call.sample)
