@@ -148,11 +148,11 @@ def test_rows_that_are_not_finite_become_nan_alone():
     assert got[1:3].isnan().all() and got[[0, 3]].isfinite().all()
 
 
-@pytest.mark.parametrize("activation", ("gelu", "gelu_tanh", "silu"))
-def test_activations_are_accurate_everywhere(activation):
+def _activated(activation: str, out_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a layer makes of many numbers, and float64."""
     x = torch.cat([torch.linspace(-20, 20, 100_001), torch.logspace(-38, 38, 999), -torch.logspace(-38, 38, 999)])
     one = packing.pack(torch.ones(1, 1))
-    got = linear(x[:, None], one, 1, None, activation, None, None, torch.float32)[:, 0].double()
+    got = linear(x[:, None], one, 1, None, activation, None, None, out_dtype)[:, 0].double()
     t = x.double()
     inner = math.sqrt(2 / math.pi) * (t + 0.044715 * t**3)
     truth = {
@@ -160,7 +160,25 @@ def test_activations_are_accurate_everywhere(activation):
         "gelu_tanh": t * torch.sigmoid(2 * inner),
         "silu": t * torch.sigmoid(t),
     }[activation]
+    return got, truth
+
+
+@pytest.mark.parametrize("activation", ("gelu", "gelu_tanh", "silu"))
+def test_activations_are_accurate_everywhere(activation):
+    got, truth = _activated(activation, torch.float32)
     assert ((got - truth).abs() / truth.abs().clamp(min=1)).max() < 2.5e-7
+
+
+@pytest.mark.parametrize("activation", ("gelu", "gelu_tanh"))
+def test_activations_of_bfloat16_results_are_rounded_numbers(activation):
+    got, truth = _activated(activation, torch.bfloat16)
+    half = 2.0 ** (torch.frexp(truth)[1] - 9)  # of the last bit
+    error = (got - truth).abs() / half.clamp(min=2.0**-126)
+    assert error[(truth >= 0) | (truth < -0.0041)].max() < 1.03
+    assert ((got - truth).abs() - half).max() < 1e-5
+    x = torch.tensor([[torch.inf], [-torch.inf], [torch.nan]])
+    ends = linear(x, packing.pack(torch.ones(1, 1)), 1, None, activation, None, None, torch.bfloat16)[:, 0]
+    assert ends[0] == torch.inf and ends[2].isnan()
 
 
 def test_layers_can_be_recorded():
