@@ -80,7 +80,7 @@ def test_lora_is_loaded_scaled_swapped_fused_and_unloaded(name, tmp_path):
         assert _error(_net(fast, call), expected) < EXACT, stage
         seen.append(_error(expected, plain) > 1e-3)
     assert seen == [True] * 5 + [False] * 2
-    assert _part(fast).calls["fused"] >= 2, "it must run fused again without the adapter"
+    assert _part(fast).calls == {"fused": 1 + len(stages)}, "an adapter is packed with the weights"
     fastdiff.undo(fast)
     assert torch.equal(_net(fast, call), _net(stock, call))
 

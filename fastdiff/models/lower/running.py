@@ -9,11 +9,12 @@ from torch import nn
 
 from fastdiff.cache import FeatureCache
 from fastdiff.models.lower import FAMILIES
+from fastdiff.models.lower.adapters import adapter_state, is_adapted
 from fastdiff.models.lower.coded_layers import StepRanges, follow_times
 from fastdiff.models.lower.encoded import EncodedContexts
 from fastdiff.models.lower.layers import Packer
 from fastdiff.models.lower.lowered import Call, Lowered
-from fastdiff.models.lower.record import Record, Settings, UnsupportedError
+from fastdiff.models.lower.record import LayerRecord, Record, Settings, UnsupportedError
 from fastdiff.ops import native
 from fastdiff.ops.memory import Arena
 from fastdiff.ops.registry import forced_backend
@@ -37,7 +38,9 @@ class Running:
         self.schedule: Callable[[], Tensor | None] = lambda: None  # times of the sampling that runs, if known
         self._lowered: Lowered | None = None
         self._ranges = StepRanges()
+        self._reason, self._looks = "", []
         self._watched: list[tuple[dict, str, nn.Parameter, int, int | None]] = []
+        self._adapted: tuple[list[nn.Module], list[tuple]] = [], []
         self._lock = threading.RLock()
         self.features = None if settings.cache is None else FeatureCache(settings.cache)
         self._forget()
@@ -63,7 +66,11 @@ class Running:
 
     @property
     def record(self) -> Record:
-        return self.lowered.record
+        """What runs as what, of the module as it is now."""
+        try:
+            return self.lowered.record
+        except UnsupportedError as error:
+            return Record([LayerRecord(type(self.module).__name__, "its own forward", str(error))])
 
     def install(self) -> None:
         """Adds what callers of the module may use besides its forward."""
@@ -75,39 +82,56 @@ class Running:
 
     @property
     def lowered(self) -> Lowered:
-        """The packed model, up to date with the module's parameters."""
+        """The packed model, up to date with the module; raises UnsupportedError where it cannot be packed as it is now."""
+        if self._reason and not self._changed() and _look(self.module) == self._looks:
+            raise UnsupportedError(self._reason)
         if self._lowered is None or self.keeps_original and self._changed():
             self._lower()
-            self._watched = [
-                (layer._parameters, name, p, p.data_ptr(), None if p.is_inference() else p._version)
-                for layer in self.module.modules()
-                for name, p in layer._parameters.items()
-                if p is not None
-            ]
         return self._lowered
 
     def _changed(self) -> bool:
-        """Whether a parameter was written to in place, or is another one."""
+        """Whether a parameter was written to in place, or is another one, or an adapter was switched."""
         for owner, name, p, address, version in self._watched:
             if owner[name] is not p or p.data_ptr() != address or (version is not None and p._version != version):
                 return True
-        return False
+        layers, state = self._adapted
+        return bool(layers) and adapter_state(layers) != state
+
+    def _watch(self) -> None:
+        """Remembers how the module is now."""
+        layers = list(self.module.modules())
+        self._watched = [
+            (layer._parameters, name, p, p.data_ptr(), None if p.is_inference() else p._version)
+            for layer in layers
+            for name, p in layer._parameters.items()
+            if p is not None
+        ]
+        adapted = [layer for layer in layers if is_adapted(layer)]
+        self._adapted = adapted, adapter_state(adapted)
+        self._looks = _look(self.module)
 
     def _lower(self) -> None:
         settings = self.settings
         self._forget()
         lower = FAMILIES[type(self.module).__name__]
         packer = lambda keep, dry: Packer(settings.numbers, Record(), settings.spared, keep, dry)
-        with torch.no_grad():
-            if not self.keeps_original:  # nothing may fail once the first weight is gone
-                lower(self.module, packer(True, True), settings.shares_time)
-            chosen = packer(self.keeps_original, False)
-            self._lowered = lower(self.module, chosen, settings.shares_time)
-            self._ranges = chosen.ranges
-            self._lowered.temporal.before = follow_times(self.module)
-            self._lowered.temporal.schedule = lambda: self.schedule()
-            if settings.deterministic == "batch":
-                self._lowered.temporal.rows_at_once = 1
+        self._lowered, self._reason = None, ""
+        try:
+            with torch.no_grad():
+                if not self.keeps_original:  # nothing may fail once the first weight is gone
+                    lower(self.module, packer(True, True), settings.shares_time)
+                chosen = packer(self.keeps_original, False)
+                self._lowered = lower(self.module, chosen, settings.shares_time)
+        except UnsupportedError as error:
+            self._reason = str(error)
+            raise
+        finally:
+            self._watch()
+        self._ranges = chosen.ranges
+        self._lowered.temporal.before = follow_times(self.module)
+        self._lowered.temporal.schedule = lambda: self.schedule()
+        if settings.deterministic == "batch":
+            self._lowered.temporal.rows_at_once = 1
 
     def __call__(self, *args, **kwargs):
         """The module's forward, on fused kernels where they serve the call, else its own."""
@@ -144,7 +168,10 @@ class Running:
         try:
             call = self.lowered.read(*args, **kwargs)
         except UnsupportedError as error:
-            return str(error), None
+            if not self.keeps_original or _look(self.module) == self._looks:
+                return str(error), None
+            self._lowered = None  # it has other layers now: an adapter, perhaps
+            return self._read(args, kwargs)
         tensors = (call.sample, *call.context)
         if any(t.device.type != "cpu" for t in tensors):
             return f"inputs on {call.sample.device}", None
@@ -197,6 +224,12 @@ class Running:
         run = lambda rows, *rest: self._lowered.middle(rest[:n], rows, *rest[n:])
         inputs = tuple(map(take, (rows, *head, *encoded)))
         return self._program((*key, "middle", len(inputs[0])), run, inputs)(*inputs)
+
+
+def _look(module: nn.Module) -> list[tuple]:
+    """What a module is made of, and what stands between its layers."""
+    hooks = lambda m: len(m._forward_hooks) + len(m._forward_pre_hooks)
+    return [(id(m), hooks(m), "forward" in vars(m), id(vars(m).get("processor"))) for m in module.modules()]
 
 
 def _powers(index: Tensor) -> list[Tensor]:
