@@ -27,7 +27,7 @@ class QLayer(nn.Module):
     """
 
     def __init__(self, quantized: QTensor, bias: Tensor | None, scheme: Scheme) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # subclasses pass for torch's own layers, whose parameters they don't have
         self.scheme = scheme
         self.in_features = quantized.codes.shape[1]
         self.out_features = quantized.codes.shape[0]

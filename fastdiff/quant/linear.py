@@ -1,6 +1,7 @@
 """QLinear: a linear layer on integer codes, with smoothing, rotation and a low-rank branch."""
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from fastdiff.ops.coded import Coded
@@ -13,12 +14,14 @@ from fastdiff.quant.schemes import Scheme
 Tensor = torch.Tensor
 
 
-class QLinear(QLayer):
+class QLinear(QLayer, nn.Linear):
     """y = W x + b with W = up down + dequantized codes, in the coordinates that smoothing and rotation define.
 
     The input is divided by `smooth` [K], the low-rank branch takes it from there, then every `rotation` channels are
     rotated, quantized and multiplied with the codes. A kernel of fastdiff.ops computes the product where one exists for
     the formats; else the dequantized weight in float32.
+
+    To others it is a linear layer (peft wraps it in adapters, which run beside the codes), but one without parameters.
 
     lowrank_down [r, K], lowrank_up [N, r] float32, or None
     """

@@ -8,6 +8,7 @@ from torch import nn
 
 from fastdiff.quant.config import QuantConfig
 from fastdiff.quant.hadamard import block_of
+from fastdiff.quant.layer import QLayer
 from fastdiff.quant.schemes import LowRank, Rotate, Scheme
 
 # a unit of reconstruction and of streaming: the outermost of these lists' items that holds a layer
@@ -38,9 +39,11 @@ class LayerPlan:
 
 
 def plan_layers(net: nn.Module, config: QuantConfig) -> list[LayerPlan]:
-    """The plan of every linear and convolution layer, in the order of registration."""
+    """The plan of every linear and convolution layer, in the order of registration; ValueError for quantized ones."""
     plans = []
     for name, layer in net.named_modules():
+        if isinstance(layer, QLayer):
+            raise ValueError(f"quantize: {name} is quantized already; start from the original model")
         if not isinstance(layer, (nn.Linear, nn.Conv2d)):
             continue
         temporal = bool(TEMPORAL.search(name)) and config.temporal.mode != "off"
