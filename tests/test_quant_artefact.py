@@ -5,6 +5,9 @@ import dataclasses
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from fastdiff.models.load import LoadedModel
 from fastdiff.quant.calibration import CalibrationSet, all_steps, ndtc, ndtc_times, one_time, trajectories
 from fastdiff.quant.config import QuantConfig
 from fastdiff.quant.evaluate import check_gate, evaluate
+from fastdiff.quant.layer import qlayers
 from fastdiff.quant.recipes import RECIPES, Calibration, Recipe, recipe_of
 from fastdiff.quant.schemes import Scheme, TensorSpec
 from fastdiff.quantized import GateError, calibrate, measure, quantize, quantize_model, sampler_of
@@ -311,3 +315,50 @@ def test_a_failed_gate_puts_the_layers_back():
     made = quantize(given, "w8a8", gate=20)
     with pytest.raises(RuntimeError, match="keep_originals"):
         made.undo()
+
+
+@pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=pytest.mark.gpu)))
+def test_T51_every_load_gives_the_codes_and_scales_of_the_file(tmp_path, device):
+    given = model("unet")
+    path = save(given, quantize_model(given, quick("tfmq")), tmp_path / "m")
+    tensors, _ = load_checkpoint(path)
+    loaded = load(tmp_path / "m").net.to(device)
+    layers = qlayers(loaded)
+    assert len(layers) > 10
+    for name, layer in layers.items():
+        for part, value in layer.state_dict().items():
+            assert value.device.type == device
+            assert torch.equal(value.cpu(), tensors[f"{name}.{part}"]), f"{name}.{part}"
+
+
+_KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from fastdiff.artefact import FolderStore
+from test_quant_artefact import model, quick
+from fastdiff.quantized import quantize_model
+
+class Dies(FolderStore):
+    left = 3
+    def put(self, key, tensors):
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.left -= 1
+        super().put(key, tensors)
+
+quantize_model(model("unet"), quick("w4a8-svd"), store=Dies(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_blocks_that_the_next_one_takes(tmp_path):
+    code = _KILLED.format(tests=str(Path(__file__).parent))
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "blocks")], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "blocks").iterdir()}
+    assert len(kept) == 3
+    resumed, plain = model("unet"), model("unet")
+    quantize_model(resumed, quick("w4a8-svd"), store=FolderStore(tmp_path / "blocks"))
+    quantize_model(plain, quick("w4a8-svd"))
+    assert all((tmp_path / "blocks" / name).stat().st_mtime_ns == time for name, time in kept.items())
+    assert torch.equal(run(resumed), run(plain))
