@@ -20,12 +20,15 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m fastdiff", description="A sampling engine for diffusion and flow models."
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    arguments = sys.argv[1:] if arguments is None else arguments
     for name, help_text in COMMANDS.items():
-        command = importlib.import_module(f"fastdiff.cli.{name}")
-        sub = subparsers.add_parser(name, help=help_text, description=command.__doc__)
-        sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-        command.add_arguments(sub)
-        sub.set_defaults(run=command.run)
+        sub = subparsers.add_parser(name, help=help_text)
+        if name in arguments[:1]:  # no command loads what another one needs
+            command = importlib.import_module(f"fastdiff.cli.{name}")
+            sub.description = command.__doc__
+            sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+            command.add_arguments(sub)
+            sub.set_defaults(run=command.run)
     args = parser.parse_args(arguments)
     try:
         return args.run(args)

@@ -1,6 +1,10 @@
 """The command line as a user calls it: outputs, files, exit codes."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ from PIL import Image
 
 from fastdiff.__main__ import main
 from fastdiff.images import grid, save_png
+from fastdiff.ops import native
 
 
 def output(capsys, *arguments) -> dict:
@@ -25,6 +30,15 @@ def test_info_says_why_a_kernel_cannot_run(capsys):
             assert "torch sees no CUDA GPU" in variants["cuda"]
     assert main(["info"]) in (0, 1)
     assert "solver_step:" in capsys.readouterr().out
+
+
+def test_info_without_native_code_says_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(native, "_load", lambda name: (None, "No module named 'fastdiff._cpu'"))
+    for found in (native.cpu, native.cpu_missing):
+        monkeypatch.setattr(native, found.__name__, found.__wrapped__)
+    main(["info"])
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("CPU:")]
+    assert "the C++ kernels are not built" in told[0] and "reinstall with a C++17 compiler" in told[0]
 
 
 def test_sample_writes_a_grid_with_its_recipe(capsys, tmp_path):
@@ -107,6 +121,22 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_bench_refuses_what_it_cannot_time(capsys, arguments, message):
     assert main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_nothing_of_the_current_folder_runs(tmp_path, command):
+    (tmp_path / "bench.py").write_text("raise SystemExit('ran')")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    arguments = [
+        sys.executable,
+        "-m",
+        "fastdiff",
+        command,
+        *(["nonesuch"] if command == "bench" else ["--solvers", "x"]),
+    ]
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "ran" not in done.stderr, done.stderr
+    assert ("live in the repository" if command == "bench" else "unknown solver 'x'") in done.stderr
 
 
 def test_bench_gate_looks_at_the_chosen_peers():
