@@ -4,8 +4,10 @@ import importlib.util
 
 import pytest
 import torch
+from test_quant_layers import inputs, output, tiny_dit
 from torch import nn
 
+from fastdiff.accelerate import accelerate, report
 from fastdiff.quant import quantize
 from fastdiff.quant.recipes import recipe_of
 
@@ -81,3 +83,21 @@ def test_bfloat16_activations_lose_no_more_than_their_rounding():
 def test_a_quantized_network_is_not_quantized_again():
     with pytest.raises(ValueError, match="quantized already"):
         quantize(_quantized("w8a8"), recipe_of("w4a16").config)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_adapters_of_quantized_layers_run_in_the_fused_forward(recipe):
+    net, data = tiny_dit(), inputs("dit")
+    quantize(net, recipe_of(recipe).config)
+    plain = output(net, data)
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    peft.inject_adapter_in_model(config, net, adapter_name="style")
+    torch.manual_seed(1)
+    for name, weight in net.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.1)
+    want = output(net, data)
+    accelerate(net, "exact", strict=True)
+    got = output(net, data)
+    assert report(net).calls == {"fused": 1}
+    assert (got - want).norm() < 1e-3 * (want - plain).norm()

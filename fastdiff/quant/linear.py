@@ -1,5 +1,7 @@
 """QLinear: a linear layer on integer codes, with smoothing, rotation and a low-rank branch."""
 
+import copy
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -55,6 +57,14 @@ class QLinear(QLayer, nn.Linear):
         down = down if self.smooth is None else down * self.smooth
         self._adapters[name] = scale * up.detach().to(device, torch.float32), down
         self.forget_prepared()
+
+    def with_lora(self, adapters: dict[str, tuple[Tensor, Tensor, float]]) -> "QLinear":
+        """A layer on the same codes with more adapters: down, up and scale of each, as `add_lora` takes them."""
+        other = copy.copy(self)
+        other._adapters = dict(self._adapters)
+        for name, adapter in adapters.items():
+            other.add_lora(name, *adapter)
+        return other
 
     def remove_lora(self, name: str) -> None:
         """Removes an adapter; KeyError when it is not there."""

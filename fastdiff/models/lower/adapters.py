@@ -1,4 +1,7 @@
-"""LoRA (Hu et al. 2021) on layers that are packed: peft's low-rank branches are added to the weights while packing."""
+"""LoRA (Hu et al. 2021) on layers that are packed: peft's low-rank branches are added to the weights while packing.
+
+Quantized layers keep their codes; there the branches run beside them.
+"""
 
 import copy
 from collections.abc import Iterable
@@ -29,6 +32,8 @@ def merged(name: str, layer: nn.Module) -> nn.Module:
     base = layer.base_layer
     if not active:
         return base
+    if hasattr(base, "with_lora"):
+        return base.with_lora({a: (layer.lora_A[a].weight, layer.lora_B[a].weight, layer.scaling[a]) for a in active})
     weight = base.weight.detach().float() + sum(layer.get_delta_weight(a).detach().float() for a in active)
     plain = copy.copy(base)
     plain._parameters = dict(base._parameters, weight=nn.Parameter(weight, requires_grad=False))

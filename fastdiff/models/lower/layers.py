@@ -114,9 +114,9 @@ class Packer:
         spare    why the weights stay in floating point, in a mode that quantizes
         precise  why the weights are float32, in every mode
         """
+        linears = tuple(merged(name, layer) for layer in linears)
         if any(map(is_coded, linears)):
             return self.coded.linear(name, *linears, pairs=pairs, once=bool(spare))
-        linears = tuple(merged(name, layer) for layer in linears)
         for layer in linears:
             check_plain(name, layer, type(layer) if _is_patchwise(layer) else nn.Linear)
         device = "meta" if self._dry else "cpu"
