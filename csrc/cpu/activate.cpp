@@ -8,7 +8,7 @@ namespace fastdiff {
 namespace FASTDIFF_ISA {
 
 constexpr int64_t kRun = 1 << 12;    // elements of a row that are one task
-constexpr int64_t kAhead = 2 << 10;  // bytes that are fetched ahead of the arithmetic
+constexpr int64_t kAhead = 2 << 10;  // bytes that are fetched ahead of the arithmetic in rows that are long
 
 template <int kType, int kKind>
 FASTDIFF_ALWAYS F32 activation(F32 x) {
@@ -20,6 +20,8 @@ template <int kType, int kKind, bool kGated>
 static void run(const Activate& t) {
   const int64_t chunks = (t.n + kRun - 1) / kRun, total = t.rows * t.n;
   const bool past = total * size_of(kType) >= kPastCaches && (uintptr_t)t.out % kBytes == 0 && t.n % kFloats == 0;
+  // of rows of two streams, the next row: what lies behind the values are their gates
+  const int64_t ahead = kGated && chunks == 1 ? t.stride * size_of(kType) : kAhead;
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / chunks, first = task % chunks * kRun, n = t.n - first < kRun ? t.n - first : kRun;
@@ -32,8 +34,8 @@ static void run(const Activate& t) {
       };
       if (past) {
         for (int64_t i = 0; i < n; i += kFloats) {
-          prefetch(gate + i * size_of(kType) + kAhead);
-          if (kGated) prefetch(x + i * size_of(kType) + kAhead);
+          prefetch(gate + i * size_of(kType) + ahead);
+          if (kGated) prefetch(x + i * size_of(kType) + ahead);
           put_past(out + i * size_of(kType), at(i, Whole()), kType);
         }
       } else {

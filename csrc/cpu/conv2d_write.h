@@ -77,12 +77,12 @@ FASTDIFF_ALWAYS void write_columns(const Conv2d& c, const Scales& s, const Tile&
 
 // The same where all columns are there: the loop knows what is added.
 template <bool kCodes, int kOut, bool kEmb>
-FASTDIFF_ALWAYS void write_whole(const Conv2d& c, const Scales& s, const Tile& t, const Places& p, const float* sums, int ld,
-                                 int column, int64_t first, float inverse) {
+FASTDIFF_ALWAYS void write_whole(const Conv2d& c, const Scales& s, const Tile& t, const Places& p, const float* sums,
+                                 const float* before, int ld, int column, int64_t first, float inverse) {
   constexpr int kSame = kOut == kInt8 ? kAny : kOut;
-  if (c.residual == nullptr) return write_columns<kCodes, kOut, kNone, kEmb>(c, s, t, p, sums, nullptr, ld, column, first, kFloats, inverse);
-  if (c.residual_type == kSame) return write_columns<kCodes, kOut, kSame, kEmb>(c, s, t, p, sums, nullptr, ld, column, first, kFloats, inverse);
-  write_columns<kCodes, kOut, kAny, kEmb>(c, s, t, p, sums, nullptr, ld, column, first, kFloats, inverse);
+  if (c.residual == nullptr) return write_columns<kCodes, kOut, kNone, kEmb>(c, s, t, p, sums, before, ld, column, first, kFloats, inverse);
+  if (c.residual_type == kSame) return write_columns<kCodes, kOut, kSame, kEmb>(c, s, t, p, sums, before, ld, column, first, kFloats, inverse);
+  write_columns<kCodes, kOut, kAny, kEmb>(c, s, t, p, sums, before, ld, column, first, kFloats, inverse);
 }
 
 // The sums [pixels, 16 * panels] of a tile and `panels` panels from first_panel on.
@@ -91,20 +91,17 @@ static __attribute__((noinline)) void write_pixels(const Conv2d& c, const Scales
                                                    const float* before, int64_t first_panel, int panels) {
   const int ld = panels * kPanel;
   const float inverse = c.out_scale ? 1.0f / *c.out_scale : 1.0f;
-  constexpr int64_t kAll = kFloats;
   Places p;
   find_places(p, c, t);
   for (int n = 0; n < ld; n += kFloats) {
     const int64_t first = first_panel * kPanel + n, left = c.outputs - first;
     if (left <= 0) return;
-    if (left < kAll) {
+    if (left < kFloats) {
       write_columns<kCodes, kOut, kAny, true>(c, s, t, p, sums, before, ld, n, first, left, inverse);
-    } else if (before) {
-      write_columns<kCodes, kOut, kAny, true>(c, s, t, p, sums, before, ld, n, first, kAll, inverse);
     } else if (c.emb) {
-      write_whole<kCodes, kOut, true>(c, s, t, p, sums, ld, n, first, inverse);
+      write_whole<kCodes, kOut, true>(c, s, t, p, sums, before, ld, n, first, inverse);
     } else {
-      write_whole<kCodes, kOut, false>(c, s, t, p, sums, ld, n, first, inverse);
+      write_whole<kCodes, kOut, false>(c, s, t, p, sums, before, ld, n, first, inverse);
     }
   }
 }

@@ -22,7 +22,7 @@ struct Partial {
 
 struct Layout {
   int64_t channels, chunks;
-  float* parameters;   // [batch, 3, channels]: mean, factor, addend
+  float* parameters;   // [batch, 3, channels]: mean, factor, addend; see finish_parameters
   Partial* partials;   // [batch, chunks, groups]
 
   float* of(int64_t b) const { return parameters + b * 3 * channels; }
@@ -143,19 +143,30 @@ FASTDIFF_ALWAYS F32 value_or(const GroupNorm::Vector& v, int64_t b, int64_t c, f
   return v.data ? fetch(element(v.data, b * v.stride + c, v.type), v.type, part) : F32{} + otherwise;
 }
 
-// The parameters of a group's channels: y = (x - mean) * factor + addend.
-static void fill_parameters(const GroupNorm& t, const Layout& l, int64_t b, int64_t g, Moments m) {
-  const float root = inverse_root(m.variance + t.eps);
+// A group's mean, what its rest is and what it is multiplied by, for each of its channels.
+static void set_group(const GroupNorm& t, const Layout& l, int64_t b, int64_t g, Moments m) {
   const int64_t size = group_size(t, l), C = l.channels;
-  float* row = l.of(b);
-  each_vector(size, [&](int64_t i, auto part) {
-    const int64_t c = g * size + i;
+  const float root = inverse_root(m.variance + t.eps);
+  float* row = l.of(b) + g * size;
+  for (int64_t c = 0; c < size; ++c) {
+    row[c] = m.mean;
+    row[C + c] = root;
+    row[2 * C + c] = m.rest;
+  }
+}
+
+// Parameters of `count` channels from what set_group has written: y = (x - mean) * factor + addend.
+static void finish_parameters(const GroupNorm& t, const Layout& l, int64_t b, int64_t first, int64_t count) {
+  const int64_t C = l.channels;
+  float* row = l.of(b) + first;
+  each_vector(count, [&](int64_t i, auto part) {
+    const int64_t c = first + i;
+    float *factors = row + C + i, *addends = row + 2 * C + i;
     const F32 one_more = 1.0f + value_or(t.scale, b, c, 0.0f, part);
-    const F32 factor = value_or(t.weight, 0, c, 1.0f, part) * root * one_more;
+    const F32 factor = value_or(t.weight, 0, c, 1.0f, part) * fetch(factors, kFloat32, part) * one_more;
     const F32 addend = value_or(t.bias, 0, c, 0.0f, part) * one_more + value_or(t.shift, b, c, 0.0f, part);
-    put(row + c, F32{} + m.mean, kFloat32, part);
-    put(row + C + c, factor, kFloat32, part);
-    put(row + 2 * C + c, addend - m.rest * factor, kFloat32, part);
+    put(addends, addend - fetch(addends, kFloat32, part) * factor, kFloat32, part);
+    put(factors, factor, kFloat32, part);
   });
 }
 
@@ -179,6 +190,11 @@ static Moments join_chunks(const GroupNorm& t, const Layout& l, int64_t b, int64
   return {float(mean), float(mean - double(float(mean))), variance < 0 ? 0.0f : float(variance)};
 }
 
+static void join_sample(const GroupNorm& t, const Layout& l, int64_t b) {
+  for (int64_t g = 0; g < t.groups; ++g) set_group(t, l, b, g, join_chunks(t, l, b, g));
+  finish_parameters(t, l, b, 0, l.channels);
+}
+
 // What follows the norm, and is the same for all: a loop that knows it keeps its constants in registers.
 template <int kOutType, bool kIsActivated>
 struct Finish {
@@ -192,13 +208,9 @@ struct Finish {
     if (kSilu) y = silu_as<kOut>(y);
     return kOut == kInt8 ? y * f.inverse : y;
   }
-  __attribute__((always_inline)) void operator()(void* out, F32 y, bool past, Whole whole) const {
-    if (kOut == kInt8) return put(out, value(*this, y), kInt8, whole);
-    if (past) return put_past(out, value(*this, y), kOut);
-    put_result(out, value(*this, y), kOut, whole);
-  }
-  __attribute__((always_inline)) void operator()(void* out, F32 y, bool, Part part) const {
-    put_result(out, value(*this, y), kOut, part);
+  template <class P>
+  __attribute__((always_inline)) void operator()(void* out, F32 y, bool past, P part) const {
+    put_either(out, value(*this, y), kOut, past && kOut != kInt8, part);
   }
 };
 
@@ -264,21 +276,32 @@ static void apply_chunk(const GroupNorm& t, const Layout& l, int64_t b, int64_t 
   }
 }
 
+// Samples of one chunk, start to end while they are in the nearest caches.
+static void run_samples(const GroupNorm& t, const Layout& l, bool serial) {
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      sum_chunk(t, l, b, 0);
+      join_sample(t, l, b);
+      apply_chunk(t, l, b, 0);
+    }
+    _mm_sfence();
+  };
+  parallel_for(t.batch, serial, body);
+}
+
 void group_norm(const GroupNorm& t) {
   const Layout l = layout(t);
   const int64_t sample = t.pixels * l.channels, bytes = sample * size_of(t.x[0].type);
   const int64_t step = bytes < kStage ? kStage / bytes : 1;
   const bool serial = t.batch * sample < kSerial;
+  if (l.chunks == 1) return run_samples(t, l, serial);
   for (int64_t first = 0; first < t.batch; first += step) {
     const int64_t count = t.batch - first < step ? t.batch - first : step;
     auto sum = [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) sum_chunk(t, l, first + k / l.chunks, k % l.chunks);
     };
     auto join = [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        const int64_t b = first + k / t.groups, g = k % t.groups;
-        fill_parameters(t, l, b, g, join_chunks(t, l, b, g));
-      }
+      for (int64_t b = first + begin; b < first + end; ++b) join_sample(t, l, b);
     };
     // backwards: what was read last is still in the second cache
     auto apply = [&](int64_t begin, int64_t end) {
@@ -286,7 +309,7 @@ void group_norm(const GroupNorm& t) {
       _mm_sfence();
     };
     parallel_for(count * l.chunks, serial, sum);
-    parallel_for(count * t.groups, serial || count * (l.chunks * t.groups + l.channels) < 4096, join);
+    parallel_for(count, serial || count * (l.chunks * t.groups + l.channels) < 1024, join);
     parallel_for(count * l.chunks, serial, apply);
   }
 }
@@ -294,7 +317,8 @@ void group_norm(const GroupNorm& t) {
 template <int kType, class F>
 static void run_group(const GroupNorm& t, const Layout& l, int64_t b, int64_t g, const F& finish) {
   const int64_t size = group_size(t, l), C = l.channels, begin = (b * C + g * size) * t.pixels;
-  fill_parameters(t, l, b, g, moments<kType>(element(t.x[0].data, begin, kType), size * t.pixels));
+  set_group(t, l, b, g, moments<kType>(element(t.x[0].data, begin, kType), size * t.pixels));
+  finish_parameters(t, l, b, g * size, size);
   const bool past = is_past(t, t.batch * C * t.pixels, t.pixels, 0) && t.pixels % kFloats == 0;
   for (int64_t i = 0; i < size; ++i) {
     const float* row = l.of(b) + g * size + i;

@@ -93,12 +93,24 @@ FASTDIFF_ALWAYS void write_row(const Row& row, int64_t n, void* out, bool past, 
   }
 }
 
+constexpr int64_t kKept = 4096;  // channels of a normalized row that fit in the first cache
+
+// Longer rows are normalized twice.
 template <class Row>
 FASTDIFF_ALWAYS float write_codes(const Row& row, int64_t n, void* out) {
+  alignas(64) float kept[kKept];
+  const bool keeps = n <= kKept;
   I32 most{};
-  each_vector(n, [&](int64_t c, auto part) { most = larger(most, magnitude(keep(Row::at(row, c, part), part))); });
+  each_vector(n, [&](int64_t c, auto part) {
+    const F32 y = keep(Row::at(row, c, part), part);
+    most = larger(most, magnitude(y));
+    if (keeps) put(kept + c, y, kFloat32, part);
+  });
   const CodeScale s = code_scale(largest(most));
-  each_vector(n, [&](int64_t c, auto part) { put((int8_t*)out + c, Row::at(row, c, part) * s.inverse, kInt8, part); });
+  each_vector(n, [&](int64_t c, auto part) {
+    const F32 y = keeps ? fetch(kept + c, kFloat32, part) : Row::at(row, c, part);
+    put((int8_t*)out + c, y * s.inverse, kInt8, part);
+  });
   return s.scale;
 }
 

@@ -36,59 +36,76 @@ struct Rotation {
   alignas(64) float cosine[kMaxHeadDim], sine[kMaxHeadDim];
 };
 
-template <int kOut>
-FASTDIFF_ALWAYS void write_head(const QkNormRope& t, const float* x, const Rotation& r, void* out) {
+// One head of a token: its elements, and what they are multiplied by before they turn.
+template <int kIn>
+struct HeadRow {
+  const void* x;
+  float factor;
+  const float* weight;
+
+  template <class P>
+  FASTDIFF_ALWAYS F32 at(const HeadRow& h, int64_t i, P part) {
+    return fetch(element(h.x, i, kIn), kIn, part) * h.factor * fetch(h.weight + i, kFloat32, part);
+  }
+};
+
+template <int kIn, int kOut>
+FASTDIFF_ALWAYS void write_head(const QkNormRope& t, const HeadRow<kIn>& head, const Rotation& r, void* out, bool past) {
   const int64_t D = t.dim, half = D / 2;
+  auto write = [&](int64_t i, F32 y, auto part) { put_either(element(out, i, kOut), y, kOut, past, part); };
   auto rotated = [&](int64_t i, F32 v, F32 turned, auto part) {
-    const F32 y = v * fetch(r.cosine + i, kFloat32, part) + turned * fetch(r.sine + i, kFloat32, part);
-    put_result(element(out, i, kOut), y, kOut, part);
+    write(i, v * fetch(r.cosine + i, kFloat32, part) + turned * fetch(r.sine + i, kFloat32, part), part);
   };
   if (!r.exists) {
-    each_vector(D, [&](int64_t i, auto part) { put_result(element(out, i, kOut), fetch(x + i, kFloat32, part), kOut, part); });
+    each_vector(D, [&](int64_t i, auto part) { write(i, HeadRow<kIn>::at(head, i, part), part); });
   } else if (t.interleaved) {
     each_vector(D, [&](int64_t i, auto part) {
-      const F32 v = fetch(x + i, kFloat32, part);
+      const F32 v = HeadRow<kIn>::at(head, i, part);
       rotated(i, v, turn_pairs(v), part);
     });
   } else {
     each_vector(half, [&](int64_t i, auto part) {
-      const F32 low = fetch(x + i, kFloat32, part), high = fetch(x + half + i, kFloat32, part);
+      const F32 low = HeadRow<kIn>::at(head, i, part), high = HeadRow<kIn>::at(head, half + i, part);
       rotated(i, low, -high, part);
       rotated(half + i, high, low, part);
     });
   }
 }
 
-static void run_token(const QkNormRope& t, const float* weight, int64_t b, int64_t n) {
-  const int64_t D = t.dim;
-  alignas(64) float x[kMaxHeadDim];
+template <int kIn, int kOut>
+static void run_token(const QkNormRope& t, const float* weight, int64_t b, int64_t n, bool past) {
   Rotation r;
   r.exists = t.cosine.data != nullptr;
   if (r.exists) {
-    widen_row(r.cosine, row_of(t.cosine, b, n, 0), t.cosine.type, D);
-    widen_row(r.sine, row_of(t.sine, b, n, 0), t.sine.type, D);
+    widen_row(r.cosine, row_of(t.cosine, b, n, 0), t.cosine.type, t.dim);
+    widen_row(r.sine, row_of(t.sine, b, n, 0), t.sine.type, t.dim);
   }
   for (int64_t h = 0; h < t.heads; ++h) {
-    widen_row(x, row_of(t.x, b, n, h), t.x.type, D);
-    const float factor = t.normalizes ? inverse_root(mean_square<kFloat32>(x, D) + t.eps) : 1.0f;
-    each_vector(D, [&](int64_t i, auto part) {
-      put(x + i, fetch(x + i, kFloat32, part) * factor * fetch(weight + i, kFloat32, part), kFloat32, part);
-    });
-    with_float(t.out_type, [&](auto out) {
-      constexpr int kOut = decltype(out)::value;
-      write_head<kOut>(t, x, r, element(t.out, ((b * t.tokens + n) * t.heads + h) * D, kOut));
-    });
+    const void* x = row_of(t.x, b, n, h);
+    const float factor = t.normalizes ? inverse_root(mean_square<kIn>(x, t.dim) + t.eps) : 1.0f;
+    void* out = element(t.out, ((b * t.tokens + n) * t.heads + h) * t.dim, kOut);
+    write_head<kIn, kOut>(t, {x, factor, weight}, r, out, past);
   }
 }
 
-void qk_norm_rope(const QkNormRope& t) {
+template <int kIn, int kOut>
+static void run(const QkNormRope& t) {
+  const int64_t total = t.batch * t.tokens * t.heads * t.dim;
+  const bool past = total * size_of(kOut) >= kPastCaches && (uintptr_t)t.out % kBytes == 0 && t.dim % (2 * kFloats) == 0;
   auto body = [&](int64_t begin, int64_t end) {
     alignas(64) float weight[kMaxHeadDim];
     for (int64_t i = 0; i < t.dim; ++i) weight[i] = 1.0f;
     if (t.weight.data) widen_row(weight, t.weight.data, t.weight.type, t.dim);
-    for (int64_t k = begin; k < end; ++k) run_token(t, weight, k / t.tokens, k % t.tokens);
+    for (int64_t k = begin; k < end; ++k) run_token<kIn, kOut>(t, weight, k / t.tokens, k % t.tokens, past);
+    _mm_sfence();
   };
-  parallel_for(t.batch * t.tokens, t.batch * t.tokens * t.heads * t.dim < kSerial / 2, body);
+  parallel_for(t.batch * t.tokens, total < kSerial / 2, body);
+}
+
+void qk_norm_rope(const QkNormRope& t) {
+  with_float(t.x.type, [&](auto in) {
+    with_float(t.out_type, [&](auto out) { run<decltype(in)::value, decltype(out)::value>(t); });
+  });
 }
 
 }  // namespace FASTDIFF_ISA

@@ -145,6 +145,13 @@ FASTDIFF_ALWAYS void put_past(void* to, F32 value, int type) {
 #endif
 }
 
+// put_result, or put_past where whole vectors may go past the caches.
+FASTDIFF_ALWAYS void put_either(void* to, F32 value, int type, bool past, Whole whole) {
+  if (past) return put_past(to, value, type);
+  put_result(to, value, type, whole);
+}
+FASTDIFF_ALWAYS void put_either(void* to, F32 value, int type, bool, Part part) { put_result(to, value, type, part); }
+
 // The sum of a vector's lanes: the upper half is added to the lower until one is left.
 FASTDIFF_ALWAYS float join_lanes(F32 value) {
 #if defined(__AVX512F__)
@@ -240,15 +247,23 @@ FASTDIFF_ALWAYS Moments moments(const void* x, int64_t n) {
   return {pivot, float(rest), variance < 0 ? 0.0f : float(variance)};
 }
 
+// The sum of squares of n <= kBlock elements.
+template <int kType>
+FASTDIFF_ALWAYS float sum_squares(const void* x, int64_t n) {
+  Lanes64 s;
+  each_lane(n, [&](int k, int64_t i, auto part) {
+    const F32 v = fetch(element(x, i, kType), kType, part);
+    s.v[k] = s.v[k] + v * v;
+  });
+  return Lanes64::join(s);
+}
+
 // The mean square of n elements.
 template <int kType>
 FASTDIFF_ALWAYS float mean_square(const void* x, int64_t n) {
   double total = 0;
-  for (int64_t i = 0; i < n; i += kBlock) {
-    float a, b;
-    sum_about<kType>(element(x, i, kType), n - i < kBlock ? n - i : kBlock, 0.0f, a, b);
-    total += double(b);
-  }
+  for (int64_t i = 0; i < n; i += kBlock)
+    total += double(sum_squares<kType>(element(x, i, kType), n - i < kBlock ? n - i : kBlock));
   return float(total / double(n));
 }
 
