@@ -1,55 +1,21 @@
 """FLUX.1 (Black Forest Labs 2024): diffusers' `FluxTransformer2DModel`."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from fastdiff import ops
-from fastdiff.models.lower.attention_checks import check_attention
-from fastdiff.models.lower.coded_layers import CodedPart, is_coded
 from fastdiff.models.lower.context import FLOATS, ONCE, read_pooled, read_text
-from fastdiff.models.lower.heads import Columns, Modulations, Rotation, TokenNorm, join, pack_norm, turn
-from fastdiff.models.lower.joint import PROCESSORS, Norms, pack_head_norms, pack_joint_block
-from fastdiff.models.lower.layers import PackedLinear, Packer, check_plain
+from fastdiff.models.lower.heads import Modulations, Rotation, join
+from fastdiff.models.lower.joint import pack_joint_block, pack_prediction
+from fastdiff.models.lower.layers import Packer
 from fastdiff.models.lower.lowered import Call, only_defaults, require, rows_of_time
+from fastdiff.models.lower.single import SingleBlock, pack_single_block
 from fastdiff.models.lower.structure import Structure
-from fastdiff.models.lower.trunk import FIRST, LAST, wrap_output
+from fastdiff.models.lower.trunk import FIRST, wrap_output
 from fastdiff.temporal import TemporalTable
 
 Tensor = torch.Tensor
 _SINGLE = "FluxSingleTransformerBlock"
-
-
-@dataclass(frozen=True)
-class SingleBlock:
-    """Attention and a feed-forward layer side by side, on the same normed tokens; one projection of both, in two parts.
-
-    Its parts have their own rows of codes in w8a8, and what they multiply need not lie together.
-    """
-
-    columns: Columns
-    norm: TokenNorm
-    qkv: PackedLinear
-    norms: Norms
-    feed: PackedLinear
-    out_heads: PackedLinear
-    out_feed: PackedLinear
-    dim: int
-    precision: str
-
-    def __call__(self, x: Tensor, rows: Tensor, rotation: Rotation) -> Tensor:
-        """`[B, N, C]` float32 tokens to the same."""
-        shift, scale, gate = self.columns.of(rows)
-        h, h_scale = self.norm(x, self.qkv, shift, scale)
-        q, k, v = self.qkv(h, x_scale=h_scale).unflatten(2, (-1, self.dim)).chunk(3, dim=2)
-        if (self.feed.scale is None) != (self.qkv.scale is None):
-            h, h_scale = self.norm(x, self.feed, shift, scale)
-        fed = self.feed(h, activation="gelu_tanh", x_scale=h_scale)
-        q, k = (turn(t, norm, rotation) for t, norm in zip((q, k), self.norms, strict=True))
-        h = ops.attention(q, k, v, None, None, self.dim**-0.5, self.precision)
-        x = self.out_heads(h.flatten(2), gate=gate, residual=x, out_dtype=torch.float32)
-        return self.out_feed(fed, gate=gate, residual=x, out_dtype=torch.float32)
 
 
 class LoweredFlux:
@@ -73,10 +39,8 @@ class LoweredFlux:
         blocks = enumerate(module.transformer_blocks)
         self._double = [pack_joint_block(packer, f"{double}.{i}", block, modulations) for i, block in blocks]
         blocks = enumerate(module.single_transformer_blocks)
-        self._single = [_pack_single(packer, f"{single}.{i}", block, modulations) for i, block in blocks]
-        self._norm = pack_norm("norm_out", module.norm_out.norm)
-        self._columns = modulations.add_linear(module.norm_out, module.inner_dim)
-        self._final = packer.linear("proj_out", module.proj_out, precise=LAST)
+        self._single = [pack_single_block(packer, f"{single}.{i}", block, modulations) for i, block in blocks]
+        self._final = pack_prediction(packer, module, modulations)
         self.temporal = TemporalTable(modulations, exact=exact_time)
         packer.record.add(
             "time_text_embed, *.norm*.linear", "temporal table", "timestep, guidance and pooled text only"
@@ -164,9 +128,7 @@ class LoweredFlux:
 
     def tail(self, x: Tensor, head: tuple[Tensor, ...], sample: Tensor, rows: Tensor, *encoded: Tensor) -> Tensor:
         """From the tokens to the prediction."""
-        scale, shift = self._columns.of(rows)
-        x = self._norm.modulate(x[:, -sample.shape[1] :], shift, scale, torch.float32)
-        return self._final(x, out_dtype=sample.dtype)
+        return self._final(x[:, -sample.shape[1] :], rows, sample.dtype)
 
     def _run_single(self, blocks: list[SingleBlock], x: Tensor, rows: Tensor, rotation: Rotation) -> Tensor:
         for block in blocks:
@@ -188,36 +150,3 @@ def lower_flux(module: nn.Module, packer: Packer, exact_time: bool) -> LoweredFl
         for i, block in enumerate(getattr(module, part)):
             require(type(block).__name__ == kind, f"{part}.{i} is a {type(block).__name__}")
     return LoweredFlux(module, packer, exact_time)
-
-
-def _pack_single(packer: Packer, name: str, block: nn.Module, modulations: Modulations) -> SingleBlock:
-    attn, width = block.attn, block.attn.to_q.out_features
-    check_attention(f"{name}.attn", attn, PROCESSORS)
-    require(getattr(block.act_mlp, "approximate", None) == "tanh", f"{name}.act_mlp is not GELU in its tanh form")
-    dim = width // attn.heads
-    heads, feed = _split(f"{name}.proj_out", block.proj_out, width)
-    packed = SingleBlock(
-        modulations.add_linear(block.norm, attn.to_q.in_features),
-        pack_norm(f"{name}.norm", block.norm.norm),
-        packer.linear(f"{name}.attn.qkv", attn.to_q, attn.to_k, attn.to_v),
-        pack_head_norms(f"{name}.attn", attn, dim),
-        packer.linear(f"{name}.proj_mlp", block.proj_mlp),
-        packer.linear(f"{name}.proj_out (heads)", heads),
-        packer.linear(f"{name}.proj_out (mlp)", feed),
-        dim,
-        packer.mode.attention,
-    )
-    packer.give_up(block.proj_out)
-    return packed
-
-
-def _split(name: str, linear: nn.Module, width: int) -> tuple[nn.Module, nn.Module]:
-    """Two layers whose sum a layer is: over the first `width` inputs, and over the others."""
-    if is_coded(linear):
-        return CodedPart(linear, slice(0, width)), CodedPart(linear, slice(width, None))
-    check_plain(name, linear, nn.Linear)
-    parts = nn.Linear(1, 1, bias=False, device="meta"), nn.Linear(1, 1, bias=False, device="meta")
-    for part, weight in zip(parts, (linear.weight[:, :width], linear.weight[:, width:]), strict=True):
-        part.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    parts[1].bias = linear.bias
-    return parts

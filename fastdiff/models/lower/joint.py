@@ -21,6 +21,7 @@ from fastdiff.models.lower.heads import (
     turn,
 )
 from fastdiff.models.lower.layers import PackedLinear, Packer
+from fastdiff.models.lower.trunk import LAST
 
 Tensor = torch.Tensor
 Norms = tuple[HeadNorm | None, HeadNorm | None]
@@ -122,6 +123,29 @@ class JointBlock:
             return join(both).chunk(2, dim=2)
         keys, values = zip(*(h.chunk(2, dim=2) for h in both), strict=True)
         return join(keys, norms, rotation), join(values)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The last norm, modulated, and the last layer."""
+
+    columns: Columns
+    norm: TokenNorm
+    linear: PackedLinear
+
+    def __call__(self, x: Tensor, rows: Tensor, out_dtype: torch.dtype) -> Tensor:
+        """`[B, N, C]` tokens to `[B, N, outputs]`."""
+        scale, shift = self.columns.of(rows)
+        return self.linear(self.norm.modulate(x, shift, scale, torch.float32), out_dtype=out_dtype)
+
+
+def pack_prediction(packer: Packer, module: nn.Module, modulations: Modulations) -> Prediction:
+    """Packs the end of a model."""
+    return Prediction(
+        modulations.add_linear(module.norm_out, module.inner_dim),
+        pack_norm("norm_out", module.norm_out.norm),
+        packer.linear("proj_out", module.proj_out, precise=LAST),
+    )
 
 
 def pack_joint_block(packer: Packer, name: str, block: nn.Module, modulations: Modulations) -> JointBlock:

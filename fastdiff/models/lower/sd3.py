@@ -4,13 +4,13 @@ import torch
 from torch import nn
 
 from fastdiff.models.lower.context import FLOATS, ONCE, read_pooled, read_text
-from fastdiff.models.lower.heads import Modulations, pack_norm
-from fastdiff.models.lower.joint import pack_joint_block
+from fastdiff.models.lower.heads import Modulations
+from fastdiff.models.lower.joint import pack_joint_block, pack_prediction
 from fastdiff.models.lower.layers import Packer
 from fastdiff.models.lower.lowered import Call, only_defaults, require, rows_of_time
 from fastdiff.models.lower.patches import Positions, patchify, unpatchify
 from fastdiff.models.lower.structure import Structure
-from fastdiff.models.lower.trunk import FIRST, LAST, wrap_output
+from fastdiff.models.lower.trunk import FIRST, wrap_output
 from fastdiff.temporal import TemporalTable
 
 Tensor = torch.Tensor
@@ -32,9 +32,7 @@ class LoweredSD3:
         self._context = packer.linear("context_embedder", module.context_embedder, spare=ONCE)
         blocks = enumerate(module.transformer_blocks)
         self._blocks = [pack_joint_block(packer, f"transformer_blocks.{i}", b, modulations) for i, b in blocks]
-        self._norm = pack_norm("norm_out", module.norm_out.norm)
-        self._columns = modulations.add_linear(module.norm_out, module.inner_dim)
-        self._final = packer.linear("proj_out", module.proj_out, precise=LAST)
+        self._final = pack_prediction(packer, module, modulations)
         self.temporal = TemporalTable(modulations, exact=exact_time)
         packer.record.add(
             "time_text_embed, *.norm1*.linear, norm_out.linear", "temporal table", "timestep and pooled text only"
@@ -94,9 +92,7 @@ class LoweredSD3:
 
     def tail(self, x: Tensor, head: tuple[Tensor, ...], sample: Tensor, rows: Tensor, *encoded: Tensor) -> Tensor:
         """From the tokens of the image to the prediction."""
-        scale, shift = self._columns.of(rows)
-        x = self._final(self._norm.modulate(x, shift, scale, torch.float32), out_dtype=torch.float32)
-        return unpatchify(x, self._patch, sample.shape[2:], sample.dtype)
+        return unpatchify(self._final(x, rows, torch.float32), self._patch, sample.shape[2:], sample.dtype)
 
     def _grid(self, sample: Tensor) -> tuple[int, int]:
         return sample.shape[2] // self._patch, sample.shape[3] // self._patch
