@@ -47,11 +47,10 @@ def _attention(
     return source(attention.attention_kernel, types, constants, aligned), tile.options
 
 
-def _codes(arch: int, head_dim: int, tile: Tile, even: bool = True):
+def _codes(arch: int, head_dim: int, tile: Tile, values: str, even: bool = True):
     head, tail = attention_int8_launch.widths(head_dim)
-    values = "bf16" if arch == 80 else "fp8e4nv"
     types = {"q_ptr": "*bf16", "codes": "*i8", "values": "*" + values, "out_ptr": "*bf16", "scale": "fp32"}
-    types |= {"v_scale_ptr": "*fp32", "v_mean_ptr": "*fp32"}
+    types |= {"v_scale_ptr": "*fp32", "v_mean_ptr": "*fp32", "k_mean_ptr": "*fp32"}
     constants = {name: None for name in ("codes_tail", "values_tail", "mask_ptr", "lengths_ptr", "lse_ptr")}
     if tile.tma:
         types |= {
@@ -72,7 +71,7 @@ def _codes(arch: int, head_dim: int, tile: Tile, even: bool = True):
 
 def _before_codes(kernel: str, values: str):
     types = {"k_ptr": "*bf16", "v_ptr": "*bf16", "sums_ptr": "*fp32", "codes_ptr": "*i8", "values_ptr": "*" + values}
-    types |= {"v_scale_ptr": "*fp32", "v_mean_ptr": "*fp32"}
+    types |= {"v_scale_ptr": "*fp32", "v_mean_ptr": "*fp32", "k_mean_ptr": "*fp32"}
     made = getattr(attention_int8, f"attention_{kernel}_kernel")
     constants = {"lengths_ptr": None, "D": 128, "WIDTH": 128, "PADDED_WIDTH": 128, "BLOCK_N": 128}
     constants |= {"ROWS": attention_int8_launch.MEANS_ROWS, "PIECES": attention_int8_launch.PIECES}
@@ -104,14 +103,20 @@ def _cases() -> Iterator[tuple[str, Case]]:
         yield _half(90, f"sm_90 {head_dim}, TMA", head_dim, tile)
     yield _half(90, "sm_90 128, TMA, uneven, LSE", 128, tma[128], even=False, lse=True)
     yield _half(90, "sm_90 128, mask and lengths", 128, attention_launch.TILES[90][128], even=False, masked=True)
+    masked = attention_launch.with_mask(attention_launch.TILES[80][64])
+    yield _half(80, "sm_80 64, mask and lengths", 64, masked, even=False, masked=True)
     exact = lambda: _attention(64, attention_launch.EXACT_TILE, exact=True, even=False)
     yield "attention: float32", Case(exact, (80, 90), stack=STACK["exact"])
     for arch, head_dims in ((80, (128, 160)), (90, (64, 72, 128, 160)), (120, (64, 128))):
         for head_dim in head_dims:
             tile = attention_int8_launch.tile_of(arch, head_dim)
-            build = lambda a=arch, d=head_dim, t=tile: _codes(a, d, t)
+            values = "bf16" if arch == 80 else "fp8e4nv"
+            build = lambda a=arch, d=head_dim, t=tile, v=values: _codes(a, d, t, v)
             needed = ((arch, CODES[arch] + (TMA if tile.tma else ())),)
             yield f"attention_int8: sm_{arch} {head_dim}", Case(build, (arch,), opcodes=needed, stack=STACK["codes"])
+    few = lambda: _codes(90, 128, attention_int8_launch.tile_of(90, 128), "bf16", even=False)
+    needed = ((90, ("IGMMA", "HGMMA", *TMA)),)
+    yield "attention_int8: sm_90 128, few keys", Case(few, (90,), opcodes=needed, stack=STACK["codes"])
     yield "attention_means", Case(lambda: _before_codes("means", "bf16"), (80, 90), wide=2)
     yield "attention_codes: bf16", Case(lambda: _before_codes("codes", "bf16"), (80,), wide=8)
     yield "attention_codes: e4m3", Case(lambda: _before_codes("codes", "fp8e4nv"), (90, 120), wide=8)

@@ -1,7 +1,8 @@
-"""What Triton makes of its kernels without a GPU: registers, spills, memory widths, contraction.
+"""What Triton makes of its kernels without a GPU: registers, spills, memory widths, instructions.
 
-The default run compiles for one architecture, `-m slow` for all of them. tests/aot_baseline.json holds the registers that
-were seen; after a wanted change, write it anew with `python tests/test_aot.py`.
+The default run compiles a few kernels for one architecture, `-m slow` every configuration of tests/aot_cases.py and
+tests/aot_attention.py for all of them. tests/aot_baseline.json holds the registers that were seen; after a wanted change,
+write it anew with `python tests/test_aot.py`.
 """
 
 import functools
@@ -17,58 +18,59 @@ pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).parents[1]
 BASELINE = Path(__file__).with_name("aot_baseline.json")
 SHARED_LIMIT = {"80": 166_912, "90": 232_448, "100": 232_448, "120": 101_376}  # bytes a block may use
-# 128-bit loads of a guided step on contiguous tensors: one 1024-element block is two words a thread of float32 (x, history)
-# and one of bfloat16, per operand
-WIDE_LOADS = {
-    "solver_step: guided bf16, 2 slots": 2 + 2 * 1 + 2 * 2,
-    "solver_step: guided fp32, 3 slots": 2 + 2 * 2 + 3 * 2,
-    "solver_step: everything, fp32": 2 + 4 * 2 + 5 * 2 + 2 * 2,
-    "gram: 2 fp32": 2,
-    "gram: 8 fp32": 8,
-}
-FAST = pytest.param("90", id="sm_90")
-SLOW = [pytest.param(arch, id=f"sm_{arch}", marks=pytest.mark.slow) for arch in ("80", "100", "120")]
+TENSOR_MEMORY = 512  # columns on sm_100; Triton makes empty kernels of larger ones
+ARCHS = ("80", "90", "100", "120")
+FAST = pytest.param(("90", True), id="sm_90")
+SLOW = [pytest.param((arch, False), id=f"sm_{arch}-all", marks=pytest.mark.slow) for arch in ARCHS]
+pytestmark = pytest.mark.timeout(900)  # a minute on a free core, but cores are shared
 
 
 @functools.cache
-def _compiled(*archs: str) -> dict[str, dict[str, dict]]:
-    command = [sys.executable, ROOT / "tests/aot_compile.py", *archs]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
+def _compiled(arch: str, fast: bool) -> dict[str, dict]:
+    command = [sys.executable, ROOT / "tests/aot_compile.py", arch, *(["--fast"] if fast else [])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=850)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return json.loads(done.stdout)[arch]
 
 
 @pytest.fixture(scope="module", params=[FAST, *SLOW])
 def compiled(request) -> tuple[str, dict[str, dict]]:
-    return request.param, _compiled(request.param)[request.param]
+    return request.param[0], _compiled(*request.param)
 
 
 def test_triton_kernels_fit_the_machine(compiled):
     arch, cases = compiled
     for case, seen in cases.items():
-        assert seen["stack"] == 0 and seen["local"] == 0, f"{case} on sm_{arch} spills: {seen}"
+        spilled = max(seen["stack"], 0 if seen["allowed"]["stack"] else seen["local"])
+        assert spilled <= seen["allowed"]["stack"], f"{case} on sm_{arch} spills: {seen}"
         assert seen["registers"] * seen["threads"] <= 65_536, case
-        assert seen["shared"] <= SHARED_LIMIT[arch], case
+        assert seen["shared"] <= SHARED_LIMIT[arch], f"{case} on sm_{arch}: {seen['shared']} bytes"
+        assert seen["tensor_memory"] <= TENSOR_MEMORY, f"{case} on sm_{arch}: {seen['tensor_memory']} columns"
         assert seen["instructions"] > 64, f"{case} on sm_{arch} is empty"
+
+
+def test_triton_kernels_use_the_instructions_that_were_meant(compiled):
+    arch, cases = compiled
+    for case, seen in cases.items():
+        assert all(seen["opcodes"].values()), f"{case} on sm_{arch}: {seen['opcodes']}"
 
 
 def test_triton_kernels_are_never_contracted_where_bits_matter(compiled):
     arch, cases = compiled
     for case, seen in cases.items():
-        if not case.startswith("gram"):
-            assert seen["contracted"] == 0, (
-                f"{case} on sm_{arch} has fused multiply-adds: the bits differ from the CPU"
-            )
+        if case.startswith(("solver_step", "philox_normal")):
+            assert seen["contracted"] == 0, f"{case} on sm_{arch} fuses multiply-adds: other bits than on the CPU"
 
 
 def test_triton_kernels_move_sixteen_bytes_at_a_time(compiled):
     arch, cases = compiled
-    for case, loads in WIDE_LOADS.items():
-        assert cases[case]["wide_loads"] >= loads, f"{case} on sm_{arch}: {cases[case]['wide_loads']} of {loads}"
+    for case, seen in cases.items():
+        wide, least = seen["wide_loads"], seen["allowed"]["wide"]
+        assert wide >= least, f"{case} on sm_{arch}: {wide} 128-bit loads, not {least}"
     assert cases["philox_normal"]["wide_stores"] == 2  # 1024 normals by 128 threads
 
 
-def test_one_atomic_per_program_of_a_step_and_none_in_a_sum(compiled):
+def test_one_atomic_per_program_of_a_step_and_none_elsewhere(compiled):
     _, cases = compiled
     for case, seen in cases.items():
         assert seen["atomics"] == (1 if case.startswith("solver_step") else 0), case
@@ -77,15 +79,12 @@ def test_one_atomic_per_program_of_a_step_and_none_in_a_sum(compiled):
 def test_registers_do_not_drift(compiled):
     arch, cases = compiled
     before = json.loads(BASELINE.read_text())["triton"][arch]
-    assert set(before) == set(cases), "cases changed: run python tests/test_aot.py"
+    assert set(cases) <= set(before), "cases changed: run python tests/test_aot.py"
     for case, seen in cases.items():
         slack = max(0.1 * before[case], 4)
         assert abs(seen["registers"] - before[case]) <= slack, f"{case} on sm_{arch}: {before[case]} before, {seen}"
 
 
 if __name__ == "__main__":
-    registers = {
-        arch: {case: seen["registers"] for case, seen in cases.items()}
-        for arch, cases in _compiled("80", "90", "100", "120").items()
-    }
+    registers = {arch: {case: seen["registers"] for case, seen in _compiled(arch, False).items()} for arch in ARCHS}
     BASELINE.write_text(json.dumps({"triton": registers}, indent=2) + "\n")

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdiff.ops import OPS, backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED_ELEMENTS = 400  # larger samples take seconds each in Triton's interpreter
+INTERPRETED_ELEMENTS, SLOW_ELEMENTS = 400, 20_000  # larger samples take seconds, or minutes, in Triton's interpreter
 
 
 def _runnable():
@@ -18,9 +18,10 @@ def _runnable():
             reasons = op.explain(*args)
             largest = max((t.numel() for t in _tensors(args)), default=0)
             for name, why_not in reasons.items():
-                interpreted = name == "triton" and DEVICE == "cpu"
-                if name != "reference" and not why_not and not (interpreted and largest > INTERPRETED_ELEMENTS):
-                    yield pytest.param(op, name, args, id=f"{op.name}-{name}-{index}")
+                size = largest if name == "triton" and DEVICE == "cpu" else 0
+                if name != "reference" and not why_not and size <= SLOW_ELEMENTS:
+                    marks = [pytest.mark.slow] if size > INTERPRETED_ELEMENTS else []
+                    yield pytest.param(op, name, args, id=f"{op.name}-{name}-{index}", marks=marks)
 
 
 def _tensors(args) -> list[torch.Tensor]:

@@ -11,9 +11,13 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastdiff.kernels import philox
+import triton
+import triton.language as tl
+
+from fastdiff.kernels import group_norm, philox
 from fastdiff.kernels import solver_step as kernel
-from fastdiff.ops import backend
+from fastdiff.kernels.rounding import cast, int8_codes
+from fastdiff.ops import OPS, backend
 from fastdiff.ops.gram import gram
 from fastdiff.ops.philox_normal import philox_normal
 from fastdiff.ops.solver_step import COEF, META, solver_step
@@ -124,3 +128,90 @@ def test_sums_are_as_exact_as_their_products(index):
         with backend("triton"):
             alone = gram([v[1:2] for v in operands])
         assert torch.equal(alone[0], got[1])  # whatever else is in the batch
+
+
+@triton.jit
+def _cast_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out_ptr + at, cast(tl.load(x_ptr + at), out_ptr.dtype.element_ty))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float8_e4m3fn), ids=str)
+def test_casts_round_to_nearest_even(dtype):
+    """All signs and exponents with random fractions, and halfway points; e4m3 saturates.
+
+    Without bfloat16's subnormals, which the interpreter drops.
+    """
+    bits = torch.arange(1 << 16, dtype=torch.int64) << 16 | torch.randint(0, 1 << 16, (1 << 16,))
+    bits[::2] &= ~0x7FFF
+    x = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32)
+    x = torch.where(x.abs() < 2.0**-126, 1.0, x).to(DEVICE)
+    if dtype == torch.float8_e4m3fn:
+        x = torch.cat(
+            [x[x.abs() < 1e4], torch.tensor([464.0, 500.0, -1e4, 447.9, 2.0**-9, -(2.0**-10), 31.08]).to(DEVICE)]
+        )
+        x = x.flip(0)
+        x = x[: 1 << (len(x).bit_length() - 1)]
+    want = (x.clamp(-448, 448) if dtype == torch.float8_e4m3fn else x).to(dtype)
+    out = torch.empty_like(want)
+    _cast_kernel[(1,)](x, out, N=len(x))
+    both = want.float().isnan() & out.float().isnan()
+    assert torch.equal(out.float()[~both], want.float()[~both]) and torch.equal(both, want.float().isnan())
+
+
+@triton.jit
+def _codes_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out_ptr + at, int8_codes(tl.load(x_ptr + at), 1.0))
+
+
+def test_codes_round_ties_to_even_and_drop_nan():
+    x = torch.cat(
+        [torch.arange(-508, 509) / 4.0, torch.tensor([200.0, -1e30, torch.inf, -torch.inf, torch.nan, -0.0, 0.5])]
+    )
+    x, out = x[:1024].to(DEVICE), torch.empty(1024, dtype=torch.int8, device=DEVICE)
+    _codes_kernel[(1,)](x, out, N=1024)
+    assert torch.equal(out, torch.round(x).clamp(-127, 127).nan_to_num(0).to(torch.int8))
+
+
+@pytest.mark.parametrize("name", ("group_norm", "group_norm_nchw"))
+def test_group_norm_of_many_pieces(name, monkeypatch):
+    """The three launches for large images, made to divide small ones; a sample's bits do not depend on the batch."""
+    for limit, value in {
+        "SMALL_TILE": 0,
+        "TILE": 128,
+        "MIN_PIECE": 256,
+        "APPLIED_TILE": 64,
+        "FINALIZE_BLOCK": 16,
+    }.items():
+        monkeypatch.setattr(group_norm, limit, value)
+    op = OPS[name]
+    several = [args for args in op.samples(DEVICE) if 90 <= args[0].numel() <= 400 and args[0].shape[0] > 1]
+    for args in several[:2]:
+        wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+        truth, plain = op.reference(*wide).double(), op.reference(*args).double()
+        with backend("triton"):
+            got = op(*args)
+        same = plain.isfinite()
+        worst = lambda y, truth=truth, same=same: (
+            (y[same] - truth[same]).abs().max() / truth[same].abs().max().clamp(min=1)
+        )
+        assert torch.equal(got.double().isfinite(), same) and worst(got.double()) <= 2 * worst(plain) + 1e-6
+        B = args[0].shape[0]
+        one = [a[1:2] if isinstance(a, torch.Tensor) and a.dim() > 1 and a.shape[0] == B else a for a in args]
+        with backend("triton"):
+            assert torch.equal(op(*one).nan_to_num(5), got[1:2].nan_to_num(5))
+
+
+@pytest.mark.parametrize("name", ("norm_modulate", "gated_norm_modulate", "quantize_rows", "qk_norm_rope"))
+def test_rows_do_not_depend_on_the_batch(name):
+    op = OPS[name]
+    args = next(
+        args for args in op.samples(DEVICE) if args[0].dim() >= 2 and args[0].shape[0] == 3 or name == "qk_norm_rope"
+    )
+    B = args[0].shape[0]
+    last = [a[B - 1 :] if isinstance(a, torch.Tensor) and a.dim() > 1 and a.shape[0] == B else a for a in args]
+    with backend("triton"):
+        whole, alone = op(*args), op(*last)
+    for a, b in zip(*((y if isinstance(y, tuple) else (y,)) for y in (whole, alone)), strict=True):
+        assert torch.equal(a[B - 1 :].nan_to_num(5), b.nan_to_num(5))

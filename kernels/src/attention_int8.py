@@ -2,7 +2,7 @@
 
 k minus its mean over the tokens has no large channels, and moves all scores of a query alike. q is coded in the kernel
 that uses it; k and v are coded by two launches before. v minus its mean is e4m3 with a scale per channel where the GPU
-multiplies that (sm_89, sm_90, sm_120), else 16 bits; weights likewise.
+multiplies that (sm_89, sm_90, sm_120) and keys are many, else 16 bits; weights likewise.
 """
 
 import triton
@@ -77,6 +77,7 @@ def attention_codes_kernel(
     values_ptr,
     v_scale_ptr,
     v_mean_ptr,
+    k_mean_ptr,
     keys,
     heads,
     blocks,
@@ -95,7 +96,7 @@ def attention_codes_kernel(
 ):
     """Program (sample, head, block of keys): codes [., padded, WIDTH] of k, v transposed [., WIDTH, padded]; 0 beyond.
 
-    The first block of a head also writes the scale and the mean of v, [., WIDTH]; the scale is 1 for 16-bit values.
+    The first block of a head also writes the scale and the mean of v and the mean of k, [., WIDTH]; the scale is 1 for 16-bit values.
     """
     program = tl.program_id(0)
     block, row = program % blocks, program // blocks
@@ -134,6 +135,7 @@ def attention_codes_kernel(
     if block == 0:
         tl.store(v_scale_ptr + row * WIDTH + d, scale, mask=d < WIDTH)
         tl.store(v_mean_ptr + row * WIDTH + d, v_mean, mask=d < WIDTH)
+        tl.store(k_mean_ptr + row * WIDTH + d, k_mean, mask=d < WIDTH)
 
 
 @triton.jit(do_not_specialize=_PLAIN)
@@ -146,6 +148,7 @@ def attention_int8_kernel(
     values_tail,
     v_scale_ptr,
     v_mean_ptr,
+    k_mean_ptr,
     mask_ptr,
     lengths_ptr,
     out_ptr,
@@ -194,6 +197,13 @@ def attention_int8_kernel(
         q1 = _queries(q_row, row < queries, D, HEAD, TAIL)
         bits = tl.maximum(bits, tl.max(magnitude_bits(q1), axis=1))
     q_step, inverse = step_and_inverse(bits)
+    if lse_ptr is not None:
+        # what the mean of k, which the codes lack, adds to all scores of a query
+        d = tl.arange(0, HEAD)
+        added = tl.sum(q0 * tl.load(k_mean_ptr + group * WIDTH + d)[None, :], axis=1)
+        if TAIL > 0:
+            d = HEAD + tl.arange(0, TAIL)
+            added += tl.sum(q1 * tl.load(k_mean_ptr + group * WIDTH + d)[None, :], axis=1)
     q0, q_step = int8_codes(q0, inverse[:, None]), q_step * scale
     acc0, acc1 = tl.zeros((BLOCK_M, HEAD), tl.float32), 0.0
     if TAIL > 0:
@@ -252,7 +262,7 @@ def attention_int8_kernel(
         x = _scaled(acc1, inverse, some, channel[0] + HEAD, channel[1] + HEAD, TAIL)
         store_rows(target, heads * D, row, queries, x, D, HEAD, TAIL)
     if lse_ptr is not None:
-        store_lse(lse_ptr + (b * heads + h) * queries, row, queries, top, total)
+        store_lse(lse_ptr + (b * heads + h) * queries, row, queries, top + added * scale, total)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from fastdiff.kernels.rounding import INTERPRETED
 
 PIECES = 16  # of the keys, whose sums are made side by side
 MEANS_ROWS = 32
+E4M3_KEYS = 2048
 MEANS_OPTIONS, CODES_OPTIONS = {"num_warps": 4}, {"num_warps": 8}
 # as in attention_launch.py. On sm_90 three blocks of 4 warps hide each other's latency (options_of)
 TILES: dict[int, dict[int, Tile]] = {
@@ -34,9 +35,9 @@ def widths(head_dim: int) -> tuple[int, int]:
     return max(head, 32), tail and max(tail, 32)
 
 
-def value_type(capability: tuple[int, int], dtype: torch.dtype) -> torch.dtype:
-    """What weights and values are multiplied in."""
-    if capability >= (8, 9):
+def value_type(capability: tuple[int, int], dtype: torch.dtype, keys: int) -> torch.dtype:
+    """What weights and values are multiplied in. The roundings of e4m3, 3 %, need many keys to average out."""
+    if capability >= (8, 9) and keys >= E4M3_KEYS:
         return torch.float8_e4m3fn
     return torch.bfloat16 if dtype == torch.float32 else dtype
 
@@ -51,22 +52,23 @@ def attention_int8_triton(
     key_lengths: torch.Tensor | None,
     scale: float,
     values_as: torch.dtype | None = None,
+    tile: Tile | None = None,
 ) -> None:
-    """Fills contiguous out [B, N, H, D] and lse [B, H, N]; three launches. values_as replaces value_type."""
+    """Fills contiguous out [B, N, H, D] and lse [B, H, N]; three launches. values_as and tile replace the tables'."""
     (B, N, H, D), (M, heads) = q.shape, k.shape[1:3]
     if out.numel() == 0:
         return
     capability = (0, 0) if INTERPRETED.value else torch.cuda.get_device_capability(q.device)
     arch = 0 if INTERPRETED.value else family(capability)
-    tile = tile_of(arch, D) if arch else INTERPRETED_TILE
-    values_as = values_as or value_type(capability, q.dtype)
+    tile = tile or (tile_of(arch, D) if arch else INTERPRETED_TILE)
+    values_as = values_as or value_type(capability, q.dtype, M)
     HEAD, TAIL = widths(D)
     blocks = max(triton.cdiv(M, tile.keys), 1)
     padded, groups, width = blocks * tile.keys, B * heads, HEAD + TAIL
     make = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=q.device)
     sums = make(4, groups, PIECES, D)
     codes, values = make(groups, padded, width, dtype=torch.int8), make(groups, width, padded, dtype=values_as)
-    steps, v_scale, v_mean = make(groups, blocks), make(groups, width), make(groups, width)
+    steps, (v_scale, v_mean, k_mean) = make(groups, blocks), make(3, groups, width)
     strides = (*k.stride()[:3], *v.stride()[:3])
     piece = triton.cdiv(triton.cdiv(M, PIECES), MEANS_ROWS) * MEANS_ROWS
     constants = {"D": D, "PIECES": PIECES}
@@ -78,7 +80,7 @@ def attention_int8_triton(
         **MEANS_OPTIONS,
     )
     attention_codes_kernel[(groups * blocks,)](
-        *(k, v, key_lengths, sums, codes, steps, values, v_scale, v_mean, M, heads, blocks, padded, *strides),
+        *(k, v, key_lengths, sums, codes, steps, values, v_scale, v_mean, k_mean, M, heads, blocks, padded, *strides),
         **constants,
         WIDTH=width,
         PADDED_WIDTH=triton.next_power_of_2(width),
@@ -91,7 +93,7 @@ def attention_int8_triton(
     mask, mask_steps, kind = mask_arguments(mask)
     tiles = triton.cdiv(N, tile.queries)
     attention_int8_kernel[(tiles * B * H,)](
-        *(q, *operands[:2], steps, *operands[2:], v_scale, v_mean, mask, key_lengths, out, lse),
+        *(q, *operands[:2], steps, *operands[2:], v_scale, v_mean, k_mean, mask, key_lengths, out, lse),
         *(N, M, H, H // heads, tiles, blocks, padded, *q.stride()[:3], *mask_steps, scale * LOG2E.value),
         D=D,
         HEAD=HEAD,

@@ -71,15 +71,30 @@ def tile_of(arch: int, head_dim: int, keys: int, exact: bool, tma: bool) -> Tile
     return next(tile for table in tables for most, tile in table.items() if head_dim <= most)
 
 
+def with_mask(tile: Tile) -> Tile:
+    """A mask takes registers, which 4 warps with 128 queries do not have."""
+    return tile._replace(warps=8) if tile.queries == 128 else tile
+
+
 def _single(arch: int, head_dim: int, keys: int) -> Tile:
     if arch in (90, 100):
         return Tile(128, keys, 8, 1)
     return Tile(128, keys, 8, 1) if head_dim <= 64 else Tile(64, keys, 4, 1)
 
 
+def _tile(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, exact: bool, unmasked: bool) -> Tile:
+    if INTERPRETED.value:
+        return INTERPRETED_TILE
+    arch = family(torch.cuda.get_device_capability(q.device))
+    tile = tile_of(arch, q.shape[3], k.shape[1], exact, unmasked and allows_descriptors(q, k, v))
+    return tile if unmasked else with_mask(tile)
+
+
 def allows_descriptors(*tensors: torch.Tensor) -> bool:
-    """Whether a TMA descriptor can describe each [B, N, H, D]: 16-byte steps, none of them 0."""
+    """Whether TMA descriptors can describe each [B, N, H, D]: 16-byte steps, none of them 0, and no cast afterwards."""
     for x in tensors:
+        if x.element_size() != 2:
+            return False
         steps = [s * x.element_size() for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
         if x.data_ptr() % 16 or x.numel() == 0 or any(s % 16 or s == 0 for s in steps):
             return False
@@ -120,8 +135,9 @@ def attention_triton(
     key_lengths: torch.Tensor | None,
     scale: float,
     precision: str,
+    tile: Tile | None = None,
 ) -> None:
-    """Fills contiguous out [B, N, H, D] and lse [B, H, N] ; float16 stays float16 where float32 is not asked for."""
+    """Fills contiguous out [B, N, H, D] and lse [B, H, N]. float16 stays float16 in "bf16"; `tile` replaces the table's."""
     (B, N, H, D), (M, heads) = q.shape, k.shape[1:3]
     if out.numel() == 0:
         return
@@ -131,9 +147,7 @@ def attention_triton(
         attention_int8_triton(out, lse, q, k, v, mask, key_lengths, scale)
         return
     exact = precision == "f32"
-    free = mask is None and key_lengths is None and not INTERPRETED.value and scale > 0
-    arch = 0 if INTERPRETED.value else family(torch.cuda.get_device_capability(q.device))
-    tile = INTERPRETED_TILE if not arch else tile_of(arch, D, M, exact, free and allows_descriptors(q, k, v))
+    tile = tile or _tile(q, k, v, exact, mask is None and key_lengths is None)
     HEAD, TAIL = split(D)
     mask, steps, kind = mask_arguments(mask)
     dtype = _TYPES[torch.bfloat16 if q.dtype == torch.float32 and not exact else q.dtype]

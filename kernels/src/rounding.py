@@ -21,7 +21,7 @@ def cast(x, dtype: tl.constexpr):
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), float("nan"))
     if INTERPRETED and dtype == tl.float8e4nv:
         x = _on_e4m3_grid(x)
     return x.to(dtype)
