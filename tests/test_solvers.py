@@ -239,7 +239,7 @@ def test_noise_may_be_scaled_by_hand(name, s_noise):
 
 def test_names_with_an_order_and_errors():
     assert solver("unipc-3") == solver("unipc", order=3) and solver("unipc-3").order == 4
-    assert solver("deis-2", variable="rho").options == {"order": 2, "variable": "rho"}
+    assert solver("deis-2", variable="rho").options == {"order": 2, "variable": "rho", "lower_order_below": 0}
     assert solver("lms-4").order == 4 and solver("sa-3").options["order"] == 3
     assert solver("unipc", history="noise").history == "noise"
     assert solver("dpmpp-3m").order == 2 and solver("dpmpp-3m", third="exact").order == 3

@@ -18,7 +18,7 @@ def cases(device: str, shapes: tuple = (), dtype: torch.dtype = torch.float32) -
         plain = quantize_static.reference
         contenders = {
             "fastdiff": lambda x=x, s=scale: quantize_static(x, s, s.round(), 4),
-            "torch": lambda x=x, s=scale: plain(x, s, s.round(), 4),
+            "torch": lambda x=x, s=scale, plain=plain: plain(x, s, s.round(), 4),
             "torch.compile": lambda x=x, s=scale, f=torch.compile(plain): f(x, s, s.round(), 4),
         }
         yield Case(f"{shape}", contenders, x.nbytes + x.numel())
