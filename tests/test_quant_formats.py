@@ -229,6 +229,17 @@ def test_T50_later_files_warn_or_are_refused():
         QuantConfig.from_dict({**values, "version": 2})
     with pytest.raises(ValueError, match="dtype must be one of"):
         QuantConfig.from_dict({**values, "default": {"weight": {"dtype": "int3"}}})
+    weight = {"dtype": "int8"}
+    for changes in (
+        *({"overrides": wrong} for wrong in (7, [7], [["a"]], [["a", 1]])),
+        *({"default": {"weight": weight | wrong}} for wrong in ({"symmetric": "yes"}, {"p": "2"}, {"grid": 1.5})),
+        *({"default": {"weight": weight, "rounding": {"beta": wrong}}} for wrong in ("ab", [None], 3)),
+        {"spared": "abc"},
+        {"temporal": []},
+        {"calibration": 1},
+    ):
+        with pytest.raises(ValueError):
+            QuantConfig.from_dict(values | changes)
 
 
 def test_first_matching_pattern_decides():

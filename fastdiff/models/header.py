@@ -43,7 +43,9 @@ class CheckpointError(ValueError):
         self.reason, self.tensor, self.file = reason, tensor, file
 
     def __str__(self) -> str:
-        tensor = None if self.tensor is None else f"tensor {self.tensor}"
+        # a hostile name may be long, or hold what a terminal obeys
+        plain = self.tensor is None or is_tensor_name(self.tensor)
+        tensor = None if self.tensor is None else f"tensor {self.tensor if plain else repr(self.tensor[:80])}"
         return ": ".join(str(part) for part in (self.file, tensor, self.reason) if part is not None)
 
 

@@ -5,7 +5,7 @@ import json
 import re
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from fastdiff.quant.schemes import TRANSFORMS, Rounding, Scheme, TensorSpec, Transform, one_of
 
@@ -106,9 +106,8 @@ def decode(cls: type, values: Any) -> Any:
     names = {f.name for f in dataclasses.fields(cls)}
     for key in sorted(set(values) - names):
         warnings.warn(f"{cls.__name__}: unknown entry {key!r} is ignored", stacklevel=2)
-    known = {key: _decode_field(cls, key, value) for key, value in values.items() if key in names}
     try:
-        return cls(**known)
+        return cls(**{key: _decode_field(cls, key, value) for key, value in values.items() if key in names})
     except TypeError as error:
         raise ValueError(f"{cls.__name__}: {error}") from None
 
@@ -119,14 +118,31 @@ def _decode_field(cls: type, key: str, value: Any) -> Any:
         (Scheme, "input"): lambda v: None if v is None else decode(TensorSpec, v),
         (Scheme, "transforms"): lambda v: tuple(_decode_transform(item) for item in v),
         (Scheme, "rounding"): lambda v: decode(Rounding, v),
-        (Rounding, "beta"): tuple,
+        (Rounding, "beta"): lambda v: _tuple_of(float, v),
         (TemporalPolicy, "scheme"): _decode_scheme,
         (QuantConfig, "default"): _decode_scheme,
         (QuantConfig, "overrides"): lambda v: tuple((str(p), _decode_scheme(s)) for p, s in v),
-        (QuantConfig, "spared"): tuple,
+        (QuantConfig, "spared"): lambda v: _tuple_of(str, v),
         (QuantConfig, "temporal"): lambda v: decode(TemporalPolicy, v),
     }
-    return readers.get((cls, key), lambda v: v)(value)
+    return readers.get((cls, key), lambda v: _plain(cls, key, v))(value)
+
+
+def _plain(cls: type, key: str, value: Any) -> Any:
+    """A value that JSON has as it is; its type must be that of the field. TypeError otherwise."""
+    hint = get_type_hints(cls)[key]
+    known = tuple(get_origin(t) or t for t in get_args(hint) or (hint,)) if get_origin(hint) is not dict else (dict,)
+    if type(value) not in known and not (float in known and type(value) is int):
+        raise TypeError(f"{key} must be {' or '.join(t.__name__ for t in known)}, got {value!r:.40}")
+    return value
+
+
+def _tuple_of(kind: type, values: Any) -> tuple:
+    if not isinstance(values, (list, tuple)) or any(
+        type(v) not in (kind, int if kind is float else kind) for v in values
+    ):
+        raise TypeError(f"a list of {kind.__name__} expected, got {values!r:.40}")
+    return tuple(kind(v) for v in values)
 
 
 def _decode_scheme(values: Any) -> Scheme | None:
