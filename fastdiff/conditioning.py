@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
@@ -23,13 +24,13 @@ class Conditioning:
     @classmethod
     def check(cls, cond: Mapping | None, negative: Mapping | None, batch: int, plan: Plan, device) -> "Conditioning":
         """Stacks the branches. Raises before any work when a branch is missing, or a tensor is misshaped or not finite."""
-        cond = dict(cond or {})
+        cond = _named("cond", {} if cond is None else cond)
         if plan.branches == 1:
             branches = [("cond", cond)]
         elif negative is None:
             raise ValueError("sample: guidance needs the negative conditioning; give negative= (same keys as cond)")
         else:
-            branches = [("cond", cond), ("negative", dict(negative))]
+            branches = [("cond", cond), ("negative", _named("negative", negative))]
             if set(branches[1][1]) != set(cond):
                 raise ValueError(
                     f"sample: cond has keys {sorted(cond)}, negative has {sorted(negative)}; give the same"
@@ -39,6 +40,7 @@ class Conditioning:
             values = [branch[key] for _, branch in branches]
             for (name, _), v in zip(branches, values, strict=True):
                 _check_value(f"{name}[{key!r}]", v, batch)
+                _check_alike(key, value, v)
             if any(torch.is_tensor(leaf) for leaf in _leaves(value)):
                 tensors[key] = tree_map(
                     lambda *v: torch.cat([t.to(device) for t in v]) if torch.is_tensor(v[0]) else v[0], *values
@@ -58,6 +60,25 @@ class Conditioning:
         return {**tree_map(lambda t: t[rows] if torch.is_tensor(t) else t, selected), **self.others}
 
 
+def _named(name: str, values: object) -> dict:
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            f"sample: {name} must map keyword arguments of the network to values, got {type(values).__name__}"
+        )
+    return dict(values)
+
+
+def _check_alike(key: str, cond: object, negative: object) -> None:
+    """Raises ValueError unless both branches can be stacked: tensors of equal shape and dtype, other values equal."""
+    describe = lambda leaf: (list(leaf.shape), leaf.dtype) if torch.is_tensor(leaf) else leaf
+    one, other = ([describe(leaf) for leaf in _leaves(value)] for value in (cond, negative))
+    if cond is not negative and one != other:
+        raise ValueError(
+            f"sample: cond[{key!r}] and negative[{key!r}] must have tensors of one shape and dtype, and equal other values, "
+            f"got {one} and {other}"
+        )
+
+
 def _leaves(value: object) -> list:
     found = []
     tree_map(found.append, value)
@@ -66,6 +87,8 @@ def _leaves(value: object) -> list:
 
 def _check_value(name: str, value: object, batch: int) -> None:
     for leaf in _leaves(value):
+        if isinstance(leaf, np.ndarray):
+            raise TypeError(f"sample: {name} must be a tensor, got a numpy array; use torch.from_numpy")
         if not torch.is_tensor(leaf):
             continue
         if leaf.dim() < 1 or leaf.shape[0] != batch:

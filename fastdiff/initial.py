@@ -27,7 +27,10 @@ def endpoints(aux, shapes, dtype, device, plan: Plan) -> list[torch.Tensor | Non
         if any(table.coef[:, COEF.index(name)].any() for table in set(plan.tables) for name in ("d", "D")):
             raise ValueError("sample: this process has a known endpoint; give it as aux=")
         return [None] * len(shapes)
-    leaves = [tensor.to(device=device, dtype=dtype).contiguous() for tensor in tree_flatten(aux)[0]]
+    given = tree_flatten(aux)[0]
+    if not all(isinstance(tensor, torch.Tensor) and bool(torch.isfinite(tensor).all()) for tensor in given):
+        raise ValueError("sample: aux must be finite tensors, shaped like the state")
+    leaves = [tensor.to(device=device, dtype=dtype).contiguous() for tensor in given]
     if [tuple(leaf.shape) for leaf in leaves] != list(shapes):
         raise ValueError(
             f"sample: aux must be shaped like the state, {list(shapes)}, got {[list(u.shape) for u in leaves]}"

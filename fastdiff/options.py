@@ -23,18 +23,18 @@ class RunOptions:
     model_dtype: torch.dtype | None = None
 
     def __post_init__(self):
+        if not isinstance(self.hooks, (list, tuple)) or not all(isinstance(hook, Hook) for hook in self.hooks):
+            raise TypeError(f"hooks: a list of fastdiff.Hook objects expected, got {self.hooks!r}")
         object.__setattr__(self, "hooks", tuple(self.hooks))
         if self.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype: the state is float32 or float64, got {self.dtype}; the model may have any")
-        if not all(isinstance(hook, Hook) for hook in self.hooks):
-            raise TypeError("hooks: must be fastdiff.Hook objects")
         if self.graph and self.hooks:
             raise ValueError("graph: hooks run between the parts of a step; sample without graph or without hooks")
 
     def resolve_device(self, net: Callable, x: object) -> torch.device:
         """The device of the run: the given one, else that of x, else that of the network, else the CPU."""
         if self.device is not None:
-            device = torch.device(self.device)
+            device = _device(self.device)
             if device.type not in ("cpu", "cuda"):
                 raise ValueError(f"device: must be cpu or cuda, got {str(device)!r}")
             if device.type == "cuda" and not torch.cuda.is_available():
@@ -48,6 +48,13 @@ class RunOptions:
         if self.model_dtype is not None:
             return self.model_dtype
         return next((p.dtype for p in _parameters(net) if p.dtype.is_floating_point), self.dtype)
+
+
+def _device(device: object) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: must be cpu or cuda, got {device!r}") from None
 
 
 def check_model_dtype(dtype: torch.dtype | None) -> torch.dtype | None:

@@ -12,6 +12,7 @@ from fastdiff.process import Process, convert
 from fastdiff.solvers import Solver, SolverTable, compile_table, solver
 from fastdiff.solvers.spacing import levels
 
+MAX_STEPS = 100_000  # rows are compiled one by one: more is a mistake, and would look like a hang
 _B0, _A0, _D0 = COEF.index("b0"), COEF.index("a"), COEF.index("d")
 
 
@@ -39,13 +40,15 @@ class RowSettings:
     def __post_init__(self):
         if isinstance(self.steps, bool) or not isinstance(self.steps, (int, np.integer)) or self.steps < 1:
             raise ValueError(f"steps: must be an integer >= 1, got {self.steps!r}")
+        if self.steps > MAX_STEPS:
+            raise ValueError(f"steps: at most {MAX_STEPS} steps, got {self.steps}")
         if not isinstance(self.solver, SolverTable):
             object.__setattr__(self, "solver", solver(self.solver, compat=self.compat))
         if not isinstance(self.guidance, (CFG, int, float)):
             raise TypeError(f"guidance: must be a number or a CFG, got {self.guidance!r}")
         if not isinstance(self.guidance, CFG):
             object.__setattr__(self, "guidance", CFG(float(self.guidance)))
-        if self.clamp is not None and not self.clamp[0] < self.clamp[1]:
+        if self.clamp is not None and not _is_interval(self.clamp):
             raise ValueError(f"clamp: must be (low, high) with low < high, got {self.clamp!r}")
 
     def key(self) -> tuple:
@@ -160,6 +163,11 @@ def make_plan(settings: Sequence[RowSettings], process: Process, prediction: str
         tables=tuple(table for _, table in index),
         slots=max((table.slots for _, table in index), default=0),
     )
+
+
+def _is_interval(clamp: object) -> bool:
+    numbers = isinstance(clamp, tuple) and len(clamp) == 2 and all(isinstance(end, (int, float)) for end in clamp)
+    return numbers and clamp[0] < clamp[1]
 
 
 def _stable(value: object) -> object:

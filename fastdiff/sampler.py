@@ -1,5 +1,6 @@
 """Sampler: one fixed-step loop for every solver, denoiser and state."""
 
+import math
 import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,13 +71,13 @@ class Sampler:
     ):
         if not callable(net):
             raise TypeError(f"Sampler: net must be callable as net(x, t, **cond), got {type(net).__name__}")
-        if prediction not in PREDICTIONS if isinstance(prediction, str) else len(prediction) != 3:
+        if prediction not in PREDICTIONS if isinstance(prediction, str) else not _is_mix(prediction):
             known = f"known are {', '.join(PREDICTIONS)} and mixes (p, q, r)"
             raise ValueError(f"Sampler: unknown prediction {prediction!r}; {known}")
         if process is not None and not isinstance(process, Process):
             raise TypeError(f"Sampler: process must be a fastdiff.Process, as fastdiff.VPLinear(), got {process!r}")
-        if micro_batch is not None and micro_batch < 1:
-            raise ValueError(f"Sampler: micro_batch must be >= 1 or None, got {micro_batch}")
+        if micro_batch is not None and not (isinstance(micro_batch, int) and micro_batch >= 1):
+            raise ValueError(f"Sampler: micro_batch must be an integer >= 1 or None, got {micro_batch!r}")
         self.net, self.prediction, self.micro_batch = net, prediction, micro_batch
         self.process = VPDiscrete() if process is None else process
         self.model_dtype = check_model_dtype(model_dtype)
@@ -115,6 +116,8 @@ class Sampler:
         spacing, final, clamp), each one value or one per sample. The same seed gives the same noise whatever the batch, the
         device and the thread count. B = 0 returns an empty state. Non-finite values raise NonFiniteError, naming the step.
         """
+        if cancel is not None and not hasattr(cancel, "is_set"):
+            raise TypeError(f"cancel: a threading.Event or None expected, got {cancel!r}")
         run = self._begin(shape, x, cond, negative, seed, settings)
         bar = loop.progress_bar(run.carry.plan.ticks, progress)
         last = None
@@ -170,6 +173,14 @@ class Sampler:
         return loop.Run.begin(self.net, plan, start, conditioning, options)
 
 
+def _is_mix(prediction: object) -> bool:
+    return (
+        isinstance(prediction, (tuple, list))
+        and len(prediction) == 3
+        and all(isinstance(k, (int, float)) and math.isfinite(k) for k in prediction)
+    )
+
+
 def _row_settings(batch: int, settings: Mapping) -> list[RowSettings]:
     known = RowSettings.__dataclass_fields__
     unknown = [name for name in settings if name not in known]
@@ -205,14 +216,23 @@ def _seeds(seed: int | Sequence[int], batch: int, device: torch.device) -> torch
     return torch.tensor([(s + 2**63) % 2**64 - 2**63 for s in values], dtype=torch.int64, device=device)
 
 
+def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    try:
+        sizes = tuple(operator.index(n) for n in shape)
+    except TypeError:
+        sizes = ()
+    if not sizes or min(sizes) < 0:
+        raise ValueError(f"sample: shape must be non-negative integers [B, ...], got {shape!r}")
+    return sizes
+
+
 def _start(shape, x, seed, device: torch.device) -> Start:
     """Checks shape or x, and the seeds."""
     if (shape is None) == (x is None):
         raise ValueError("sample: give either shape or x")
     if x is None:
-        if len(shape) < 1 or any(not isinstance(n, int) or n < 0 for n in shape):
-            raise ValueError(f"sample: shape must be non-negative integers [B, ...], got {shape!r}")
-        return Start([tuple(shape)], tree_flatten(0)[1], None, _seeds(seed, shape[0], device))
+        sizes = _sizes(shape)
+        return Start([sizes], tree_flatten(0)[1], None, _seeds(seed, sizes[0], device))
     leaves, structure = tree_flatten(x)
     if not leaves or not all(isinstance(leaf, torch.Tensor) and leaf.dim() >= 1 for leaf in leaves):
         raise TypeError("sample: x must be a tensor or a pytree of tensors with a batch dimension")

@@ -1,9 +1,10 @@
 """What the sampler is given: empty batches, and bad input with errors that name it before any work."""
 
+import numpy as np
 import pytest
 import torch
 
-from fastdiff import Sampler
+from fastdiff import Hook, Sampler
 
 SHAPE = (2, 3, 5)
 
@@ -35,11 +36,36 @@ BAD = {
     "guidance": ({"guidance": float("nan")}, "scale must be finite"),
     "unknown setting": ({"guidence": 2.0}, "unknown setting 'guidence'"),
     "clamp": ({"clamp": (1.0, -1.0)}, "clamp"),
+    "clamp kind": ({"clamp": 1.0}, r"clamp: must be \(low, high\)"),
     "shape": ({"shape": (2, -1)}, "shape must be"),
+    "shape kind": ({"shape": 5}, "shape must be"),
+    "too many steps": ({"steps": 10**9}, "at most 100000 steps"),
+    "infinite times": ({"spacing": (float("inf"), 0.5)}, "finite"),
+    "spacing option": ({"spacing": {"name": "karras", "rh": 7}}, "no option 'rh'; known are rho"),
+    "conditioning kind": ({"cond": torch.zeros(2)}, "cond must map keyword arguments"),
+    "negative kind": ({"guidance": 2.0, "negative": [1]}, "negative must map keyword arguments"),
+    "conditioning in numpy": ({"cond": {"shift": np.zeros(2)}}, "use torch.from_numpy"),
+    "branches disagree in shape": (
+        {"guidance": 2.0, "cond": {"shift": torch.zeros(2, 4)}, "negative": {"shift": torch.zeros(2, 5)}},
+        r"one shape and dtype.*\[2, 4\].*\[2, 5\]",
+    ),
+    "branches disagree in dtype": (
+        {"guidance": 2.0, "cond": {"shift": torch.zeros(2)}, "negative": {"shift": torch.zeros(2).long()}},
+        "one shape and dtype",
+    ),
+    "branches disagree in values": (
+        {"guidance": 2.0, "cond": {"shift": 1.0}, "negative": {"shift": 2.0}},
+        "equal other values",
+    ),
     "both": ({"x": torch.zeros(2, 3)}, "either shape or x"),
     "state type": ({"shape": None, "x": torch.zeros(2, 3, dtype=torch.int64)}, "floating point"),
     "dtype": ({"dtype": torch.float16}, "float32 or float64"),
     "hooks": ({"hooks": [print]}, "Hook objects"),
+    "hook without a list": ({"hooks": Hook()}, "a list of fastdiff.Hook objects"),
+    "cancel": ({"cancel": 3}, "threading.Event"),
+    "device name": ({"device": "cudaa"}, "must be cpu or cuda"),
+    "endpoint kind": ({"aux": 3}, "aux must be finite tensors"),
+    "endpoint value": ({"aux": torch.full((2, *SHAPE), float("nan"))}, "aux must be finite tensors"),
     "no solver": ({"solver": None}, "a key of SOLVERS"),
     "compat": ({"compat": "sd"}, "known are diffusers, k-diffusion"),
     "guidance kind": ({"guidance": "high"}, "a number or a CFG"),
@@ -71,9 +97,12 @@ def test_a_network_with_the_wrong_shape_is_named():
         Sampler(lambda x, t: x[:, :1]).sample((2, *SHAPE), solver="ddim", steps=2)
     with pytest.raises(TypeError, match="callable"):
         Sampler("net")
-    for prediction in ("epsilon", (1.0, 0.0)):
+    for prediction in ("epsilon", (1.0, 0.0), 3, (1.0, 0.0, "r")):
         with pytest.raises(ValueError, match="unknown prediction"):
             Sampler(elementwise_net, prediction=prediction)
+    for micro_batch in (0, "all"):
+        with pytest.raises(ValueError, match="micro_batch must be an integer >= 1"):
+            Sampler(elementwise_net, micro_batch=micro_batch)
     with pytest.raises(TypeError, match="process must be"):
         Sampler(elementwise_net, process="vp")
     with pytest.raises(TypeError, match="model_dtype: must be a float"):

@@ -1,6 +1,8 @@
 """Where the model is called: names for grids of times or of noise levels, and `levels`, which makes them noise levels."""
 
-from collections.abc import Callable, Sequence
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +10,8 @@ import numpy as np
 from fastdiff.process import Level, Process, VPDiscrete
 from fastdiff.solvers import spacing_grids as grids
 from fastdiff.solvers.invariants import check_levels
+
+_POSITIVE = {"rho", "sigma_min", "sigma_max", "a", "b", "shift", "power", "tokens"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ def levels(
         raise ValueError(f"levels: steps must be a positive integer, got {steps!r}")
     lookup = {key: options.pop(key) for key in ("interpolation", "rounded_time") if key in options}
     chosen = SPACINGS[spacing]
+    _check_options(spacing, chosen, options)
     values = np.asarray(chosen.grid(process, steps, final, **options), dtype=np.float64)
     found = process.levels(values) if chosen.unit == "time" else levels_of_sigmas(process, values, **lookup)
     if final != "given":
@@ -61,6 +66,19 @@ def levels(
         found.append(process.zero_noise() if final == "zero" else process.levels([process.t_min])[0])
     check_levels(found)
     return found
+
+
+def _check_options(name: str, spacing: Spacing, options: Mapping[str, object]) -> None:
+    """Raises ValueError for an option that the grid does not take, and for a parameter that is not a positive number."""
+    if name in ("timesteps", "sigmas"):
+        return
+    known = {key: p for key, p in inspect.signature(spacing.grid).parameters.items() if p.default is not p.empty}
+    for key, value in options.items():
+        if key not in known:
+            raise ValueError(f"levels: spacing {name!r} has no option {key!r}; known are {', '.join(known) or 'none'}")
+        if key in _POSITIVE and value is not known[key].default:
+            if not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
+                raise ValueError(f"levels: {key} of spacing {name!r} must be a positive number, got {value!r}")
 
 
 def levels_of_sigmas(

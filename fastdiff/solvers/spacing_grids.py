@@ -153,9 +153,16 @@ def given(name: str):
             raise ValueError(
                 f"levels: spacing {name!r} takes the option {name}=[...] and no other, got {sorted(options)}"
             )
-        values = np.asarray(options[name], dtype=np.float64)
+        try:
+            values = np.asarray(options[name], dtype=np.float64)
+        except (TypeError, ValueError):
+            values = np.empty(0)
         if values.ndim != 1 or values.size < 1:
             raise ValueError(f"levels: {name} must be a vector of at least one entry")
+        if np.isinf(values).any() or (values < 0.0).any():
+            raise ValueError(
+                f"levels: {name} must be finite and non-negative, got {values.min():g} to {values.max():g}"
+            )
         return values
 
     return grid
