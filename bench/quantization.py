@@ -16,6 +16,7 @@ import torch
 
 from bench.fashion_mnist import DEFAULT_FOLDER, load_split, to_unit_range
 from bench.quality import features, frechet_distance, sample
+from bench.quantization_full_size import measure as measure_full_size
 from bench.quantization_table import BASELINES, markdown
 from bench.timing import interleave
 from fastdiff.accelerate import accelerate
@@ -159,12 +160,19 @@ def main() -> None:
     parser.add_argument("--rounding-batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3, help="of learned rounding")
     parser.add_argument("--time", action="store_true", help="also time; on an otherwise idle machine")
+    parser.add_argument(
+        "--full-size", action="store_true", help="only: time and memory of quantizing DiT-XL/2 and SD1.5"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--data", type=Path, default=DEFAULT_FOLDER)
     parser.add_argument("--work", type=Path, default=Path("build/quantization"))
     parser.add_argument("--out", type=Path, default=Path("bench/results/quantization.jsonl"))
     args = parser.parse_args()
+    if args.full_size:
+        for row in measure_full_size():
+            print(json.dumps(row), flush=True)
+        return
     rows = [Row(m, r, args.work / m.replace(":", "-") / r) for m in args.models for r in args.recipes]
     for row in rows:
         prepare(row, args)
