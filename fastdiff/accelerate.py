@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from torch import nn
@@ -32,6 +32,7 @@ def accelerate(
     spare: Mapping[str, str] | Sequence[str] = (),
     exact_time: bool | None = None,
     keep_original: bool = True,
+    calibration: Callable[[], object] | None = None,
     **unknown: object,
 ) -> Target:
     """Makes a diffusers pipeline, or a module, on the CPU run on fused kernels, in place, and returns it. `undo` takes it back.
@@ -53,6 +54,9 @@ def accelerate(
     exact_time     compute the temporal table with the batches that ask for it, bit for bit like the module (default: in
                    mode "exact"); False fills it for whole schedules at once, within 1e-6
     keep_original  False gives up the original weights layer by layer, which halves the memory but cannot be undone
+    calibration    a call that samples a few steps with the module, as `lambda: sampler.sample((4, 3, 32, 32), steps=10)`:
+                   in mode "w8a8" the inputs of convolutions get static ranges, one for each time that it was called with
+                   (other times take the nearest); without, each sample is quantized by its own largest magnitude
 
     Known families (`fastdiff.models.lower.FAMILIES`) run their whole forward as one recorded program per input shape; of
     any other module the layers are replaced one by one. Weights may be changed later: those of known families are packed
@@ -65,13 +69,17 @@ def accelerate(
         raise TypeError(_unknown(next(iter(unknown))))
     settings = Settings(mode, attention, spare, exact_time, keep_original, strict, deterministic, cache)
     if is_pipeline(target):
+        if calibration is not None:
+            raise ValueError("accelerate: calibration is for modules; accelerate the pipeline's denoiser by itself")
         install(target, settings, quant=quant, solver=solver, guard=guard, guidance=guidance)
         return target
     if quant is not None:
         raise ValueError("accelerate: quant is for pipelines; call fastdiff.quantize(module, recipe) first")
     if guidance is not None:
         raise ValueError("accelerate: guidance is for pipelines; a Sampler takes it among its hooks")
-    accelerated.install(target, settings, guard)
+    if calibration is not None and mode != "w8a8":
+        raise ValueError(f"accelerate: calibration is for mode 'w8a8', got {mode!r}")
+    accelerated.install(target, settings, guard, calibration=calibration)
     return target
 
 

@@ -71,20 +71,25 @@ class Report:
 
 
 def install(
-    module: nn.Module, settings: Settings, guard: bool = False, wrap: Callable[[Callable], Callable] | None = None
+    module: nn.Module,
+    settings: Settings,
+    guard: bool = False,
+    wrap: Callable[[Callable], Callable] | None = None,
+    calibration: Callable[[], object] | None = None,
 ) -> None:
     """Puts a module on fused kernels, in place; `wrap` may put something around them. Nothing is changed where it raises."""
     check(module)
     remove(module)
     start = time.perf_counter()
-    running, reason = _lowered(module, settings)
+    running, reason = _lowered(module, settings, calibration)
     if running is None:
         if settings.strict:
             raise RuntimeError(
                 f"accelerate: strict, but the forward of {type(module).__name__} is not lowered: {reason}"
             )
-        if settings.cache is not None:
-            raise ValueError(f"accelerate: a feature cache needs a lowered family; {type(module).__name__}: {reason}")
+        for what, wanted in (("a feature cache", settings.cache), ("calibration", calibration)):
+            if wanted is not None:
+                raise ValueError(f"accelerate: {what} needs a lowered family; {type(module).__name__}: {reason}")
         running = Walked(module, settings, reason)
     running.set_up_s = time.perf_counter() - start
     run = running if wrap is None else wrap(running)
@@ -99,8 +104,8 @@ def install(
 
 def follow(module: nn.Module, schedule: Callable[[], torch.Tensor | None]) -> None:
     """Lets an accelerated module compute what depends on time and conditioning for a whole schedule, once it is met."""
-    if isinstance(running := module.__dict__[_STATE], Running):
-        running.schedule = schedule
+    if is_lowered(module):
+        module.__dict__[_STATE].schedule = schedule
 
 
 def remove(module: nn.Module) -> None:
@@ -123,6 +128,11 @@ def is_accelerated(module: object) -> bool:
     return _STATE in vars(module)
 
 
+def is_lowered(module: nn.Module) -> bool:
+    """Whether the whole forward of an accelerated module runs as recorded programs."""
+    return isinstance(module.__dict__[_STATE], Running)
+
+
 def describe(module: nn.Module) -> Report:
     """What an accelerated module runs on. Raises ValueError for a module that is not accelerated."""
     if not is_accelerated(module):
@@ -132,7 +142,7 @@ def describe(module: nn.Module) -> Report:
     return Report(
         type(module).__name__,
         settings.mode,
-        isinstance(running, Running),
+        is_lowered(module),
         tuple(record.layers),
         dict(running.calls),
         record.nbytes,
@@ -153,12 +163,26 @@ def check(module: nn.Module) -> None:
         raise RuntimeError(f"accelerate: {native.cpu_missing()}")
 
 
-def _lowered(module: nn.Module, settings: Settings) -> tuple[Running | None, str]:
+def _lowered(
+    module: nn.Module, settings: Settings, calibration: Callable[[], object] | None
+) -> tuple[Running | None, str]:
     if type(module).__name__ not in FAMILIES:
         return None, f"unknown family; known are {', '.join(FAMILIES)}"
     try:
         running = Running(module, settings)
+        if calibration is not None:
+            _observe(running, calibration)
         running.lowered  # noqa: B018 - packs the weights
         return running, ""
     except UnsupportedError as error:
         return None, str(error)
+
+
+def _observe(running: Running, calibration: Callable[[], object]) -> None:
+    """Runs `calibration` while calls of the module tell what enters its convolutions."""
+    seat = Seat(running.module, running)
+    seat.take()
+    try:
+        running.observe(calibration)
+    finally:
+        seat.leave()

@@ -30,7 +30,8 @@ class StepRanges:
 
     def __init__(self) -> None:
         self._tables: list[Tensor] = []  # [S] each
-        self._steps = None
+        self._times: Tensor | None = None
+        self._joined: Tensor | None = None  # [tables, S]
         self._filled: dict[int, Tensor] = {}  # batch -> [tables, batch]
 
     def add(self, layer: nn.Module) -> Callable[[int], Range]:
@@ -38,22 +39,29 @@ class StepRanges:
         scale, offset = layer.static_tables
         if scale.numel() == 1:
             return lambda batch: (scale, offset)
-        if self._steps is None:
-            self._steps = layer.steps
-        if layer.steps is None or not torch.equal(layer.steps.times, self._steps.times):
+        if layer.steps is None:
+            raise UnsupportedError("ranges per step belong to no schedule")
+        scales = self.add_table(scale, layer.steps.times)
+        offsets = None if offset is None else self.add_table(offset, layer.steps.times)
+        return lambda batch: (scales(batch), None if offsets is None else offsets(batch))
+
+    def add_table(self, values: Tensor, times: Tensor) -> Callable[[int], Tensor]:
+        """Takes values `[S]` for the model times `[S]`; returns what gives those of a batch, `[B]`."""
+        self._times = times if self._times is None else self._times
+        if not torch.equal(times, self._times):
             raise UnsupportedError("ranges per step belong to different schedules")
-        first = len(self._tables)
-        self._tables += [scale] if offset is None else [scale, offset]
-        of = lambda batch, i: self._filled[batch][i]
-        return lambda batch: (of(batch, first), None if offset is None else of(batch, first + 1))
+        index = len(self._tables)
+        self._tables.append(values)
+        return lambda batch: self._filled[batch][index]
 
     def fill(self, times: Tensor) -> None:
         """Looks the ranges of B samples up, from the times `[B]` that the network is called with."""
         if not self._tables:
             return
-        rows = nearest_rows(times, self._steps.times)
-        values = torch.stack([table[rows] for table in self._tables])
-        kept = self._filled.setdefault(len(rows), values)
+        if self._joined is None:
+            self._joined = torch.stack(self._tables)
+        values = self._joined.index_select(1, nearest_rows(times, self._times))
+        kept = self._filled.setdefault(values.shape[1], values)
         if kept is not values:
             kept.copy_(values)
 

@@ -9,6 +9,7 @@ from torch import nn
 from fastdiff import ops
 from fastdiff.models.lower.adapters import merged
 from fastdiff.models.lower.coded_layers import CodedPacker, StepRanges, is_coded
+from fastdiff.models.lower.observed import Observed, Observer, WatchedConv, segment_names
 from fastdiff.models.lower.record import Mode, Record, UnsupportedError
 from fastdiff.ops.packing import conv_weight_sums, interleave, pack, pack_conv
 
@@ -62,6 +63,7 @@ class PackedConv:
     padding: list[int]
     upsample: int
     stream: torch.dtype
+    ranges: tuple[Callable[[int], Tensor], ...] = ()  # of static int8 segments: what gives their scales for a batch
 
     def __call__(
         self,
@@ -77,7 +79,8 @@ class PackedConv:
         out = out_dtype or self.stream
         if self.scale is None:
             return ops.conv2d(x, second, self.weight, *shape, *rest, out)
-        return ops.conv2d_w8a8(x, None, second, None, self.weight, self.scale, self.sums, *shape, *rest, None, out)
+        own, other = ([scale(x.shape[0]) for scale in self.ranges] + [None, None])[:2]
+        return ops.conv2d_w8a8(x, own, second, other, self.weight, self.scale, self.sums, *shape, *rest, None, out)
 
 
 class Packer:
@@ -86,6 +89,8 @@ class Packer:
     spared         layers to keep in floating point, from name to reason
     keep_original  False: gives up the weights of each layer as soon as it is packed
     dry            only look whether every layer can be packed
+    observer       told what enters int8 convolutions, which then quantize each sample as it comes
+    observed       ranges of what enters them; without, they quantize each sample as it comes
     """
 
     def __init__(
@@ -95,12 +100,15 @@ class Packer:
         spared: dict[str, str] | None = None,
         keep_original: bool = True,
         dry: bool = False,
+        observer: Observer | None = None,
+        observed: Observed | None = None,
     ) -> None:
         self.mode = mode
         self.record = record
         self._spared = spared or {}
         self._keep_original = keep_original or dry
         self._dry = dry
+        self._observer, self._observed = observer, observed
         self.ranges = StepRanges()
         self.coded = CodedPacker(mode, record, self.ranges)
 
@@ -156,17 +164,27 @@ class Packer:
         check_plain(name, conv, nn.Conv2d)
         flat = conv.weight.detach().to("meta" if self._dry else "cpu").float().flatten(1)
         form = self._format(name, spare, precise)
-        shape, segments = conv.weight.shape, channels or (conv.in_channels,)
-        arrange = lambda values: pack_conv(values.view(values.shape[0], *shape[1:]), segments)
-        total = lambda codes: conv_weight_sums(codes.view(codes.shape[0], *shape[1:]), segments)
+        shape, counts = conv.weight.shape, channels or (conv.in_channels,)
+        arrange = lambda values: pack_conv(values.view(values.shape[0], *shape[1:]), counts)
+        total = lambda codes: conv_weight_sums(codes.view(codes.shape[0], *shape[1:]), counts)
         packed, scale, sums = self._pack(flat, arrange, form, total)
-        self._note(name, packed, precise or spare)
+        names = segment_names(name, len(counts)) if form == torch.int8 else ()
+        ranges = self._static(names)
+        self._note(name, packed, precise or spare, " static" if ranges else "")
         if padding is None:
             padding = [conv.padding[1], conv.padding[1], conv.padding[0], conv.padding[0]]
         bias = None if conv.bias is None else conv.bias.detach().float()
         self.give_up(conv)
         geometry = (conv.out_channels, conv.kernel_size[0], conv.stride[0], padding, upsample)
-        return PackedConv(packed, scale, sums, bias, *geometry, self.mode.stream)
+        made = PackedConv(packed, scale, sums, bias, *geometry, self.mode.stream, ranges)
+        return WatchedConv(made, names, self._observer) if names and self._observer else made
+
+    def _static(self, names: tuple[str, ...]) -> tuple[Callable[[int], Tensor], ...]:
+        """What gives the scales of segments, where all of them were observed."""
+        known = {} if self._observed is None else self._observed.scales
+        if not all(name in known for name in names):
+            return ()
+        return tuple(self.ranges.add_table(known[name], self._observed.times) for name in names)
 
     def _format(self, name: str, spare: str, precise: str) -> torch.dtype:
         if precise:
@@ -196,9 +214,9 @@ class Packer:
             for layer in (layer for layer in layers if not is_coded(layer)):
                 layer.weight = nn.Parameter(layer.weight.to("meta"), requires_grad=False)
 
-    def _note(self, name: str, packed: Tensor, spare: str) -> None:
+    def _note(self, name: str, packed: Tensor, spare: str, how: str = "") -> None:
         reason = "" if packed.dtype == self.mode.weights else spare or self._spared.get(name, "")
-        self.record.add(name, _FORMATS[packed.dtype], reason, packed.nbytes)
+        self.record.add(name, _FORMATS[packed.dtype] + how, reason, packed.nbytes)
 
 
 def _is_patchwise(layer: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from fastdiff.models.lower.coded_layers import StepRanges, follow_times
 from fastdiff.models.lower.encoded import EncodedContexts
 from fastdiff.models.lower.layers import Packer
 from fastdiff.models.lower.lowered import Call, Lowered
+from fastdiff.models.lower.observed import Observed, Observer
 from fastdiff.models.lower.record import LayerRecord, Record, Settings, UnsupportedError
 from fastdiff.ops import native
 from fastdiff.ops.memory import Arena
@@ -28,7 +29,7 @@ class Running:
     """Runs a lowered module: one recorded program per shape, on memory that all shapes share.
 
     Lowers the module at the first call, and again when its parameters have changed since. Copies and pickles carry the
-    settings only.
+    settings and the observed ranges only.
     """
 
     def __init__(self, module: nn.Module, settings: Settings) -> None:
@@ -38,6 +39,8 @@ class Running:
         self.schedule: Callable[[], Tensor | None] = lambda: None  # times of the sampling that runs, if known
         self._lowered: Lowered | None = None
         self._ranges = StepRanges()
+        self._observer: Observer | None = None
+        self._observed: Observed | None = None
         self._reason, self._looks = "", []
         self._watched: list[tuple[dict, str, nn.Parameter, int, int | None]] = []
         self._adapted: tuple[list[nn.Module], list[tuple]] = [], []
@@ -55,10 +58,11 @@ class Running:
     def __getstate__(self) -> dict:
         if not self.keeps_original:
             raise RuntimeError("accelerate: a module whose original weights were given up cannot be copied or pickled")
-        return {"module": self.module, "settings": self.settings}
+        return {"module": self.module, "settings": self.settings, "observed": self._observed}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(state["module"], state["settings"])
+        self._observed = state["observed"]
 
     @property
     def keeps_original(self) -> bool:
@@ -114,13 +118,14 @@ class Running:
         settings = self.settings
         self._forget()
         lower = FAMILIES[type(self.module).__name__]
-        packer = lambda keep, dry: Packer(settings.numbers, Record(), settings.spared, keep, dry)
+        ranges = self._observer, self._observed
+        packer = lambda keep, dry: Packer(settings.numbers, Record(), settings.spared, keep, dry, *ranges)
         self._lowered, self._reason = None, ""
         try:
             with torch.no_grad():
                 if not self.keeps_original:  # nothing may fail once the first weight is gone
                     lower(self.module, packer(True, True), settings.shares_time)
-                chosen = packer(self.keeps_original, False)
+                chosen = packer(self.keeps_original or self._observer is not None, False)
                 self._lowered = lower(self.module, chosen, settings.shares_time)
         except UnsupportedError as error:
             self._reason = str(error)
@@ -132,6 +137,17 @@ class Running:
         self._lowered.temporal.schedule = lambda: self.schedule()
         if settings.deterministic == "batch":
             self._lowered.temporal.rows_at_once = 1
+
+    def observe(self, calibration: Callable[[], object]) -> None:
+        """Takes the ranges of what enters int8 convolutions from the calls of the module that `calibration` makes."""
+        self._observer = Observer()
+        try:
+            self.lowered  # noqa: B018 - says whether the module can be lowered, before anything is sampled
+            calibration()
+            self._observed = self._observer.ranges()
+        finally:
+            self._observer = self._lowered = None
+            self.calls.clear()
 
     def __call__(self, *args, **kwargs):
         """The module's forward, on fused kernels where they serve the call, else its own."""
@@ -186,7 +202,9 @@ class Running:
         rows = lowered.temporal.lookup(*call.temporal)
         self._ranges.fill(call.temporal[0])
         lowered.prepare(call)
-        if native.cpu() is None or forced_backend() is not None:
+        if self._observer is not None:
+            self._observer.follow(call.temporal[0])
+        if native.cpu() is None or forced_backend() is not None or self._observer is not None:
             return lowered.body(call.sample, rows, *lowered.encode(*call.context))
         key = (call.sample.shape, call.sample.dtype, *((c.shape, c.dtype) for c in call.context))
         if len(self._programs) >= _PROGRAMS:
@@ -210,7 +228,7 @@ class Running:
 
         def middle(index: Tensor | None) -> Tensor:
             parts = [lambda t: t] if index is None else [lambda t, i=i: t.index_select(0, i) for i in _powers(index)]
-            return torch.cat([self._run_middle(key, head, rows, encoded, take) for take in parts])
+            return torch.cat([self._run_middle(key, call, head, rows, encoded, take) for take in parts])
 
         time, *fixed = call.temporal
         x = self.features.serve(head[0], time, (*fixed, *call.context), middle, lowered.adds)
@@ -218,8 +236,9 @@ class Running:
         inputs = (x, *given, *head)
         return self._program((*key, "tail"), end, inputs)(*inputs)
 
-    def _run_middle(self, key: tuple, head: tuple, rows: Tensor, encoded: tuple, take: Callable) -> Tensor:
+    def _run_middle(self, key: tuple, call: Call, head: tuple, rows: Tensor, encoded: tuple, take: Callable) -> Tensor:
         """The middle for the samples that `take` takes."""
+        self._ranges.fill(take(call.temporal[0]))
         n = len(head)
         run = lambda rows, *rest: self._lowered.middle(rest[:n], rows, *rest[n:])
         inputs = tuple(map(take, (rows, *head, *encoded)))
