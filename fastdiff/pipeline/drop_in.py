@@ -9,6 +9,7 @@ from torch import nn
 
 from fastdiff import accelerated
 from fastdiff.models.lower.record import Settings
+from fastdiff.pipeline import attention_backend
 from fastdiff.pipeline.drop_in_report import PipelineReport
 from fastdiff.pipeline.paired_calls import PairedCalls
 from fastdiff.pipeline.schedulers import as_fast
@@ -33,6 +34,7 @@ class Installed:
     modules    accelerated modules by the name that reports use
     quantized  denoisers whose layers were quantized, by name
     paired     denoisers under adaptive guidance, by name
+    attention  processors of theirs that call our attention where a denoiser's own forward runs
     scheduler  the scheduler before and now, or None
     left       what was left alone, and why
     """
@@ -41,6 +43,7 @@ class Installed:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     quantized: dict[str, Quantized] = field(default_factory=dict)
     paired: dict[str, PairedCalls] = field(default_factory=dict)
+    attention: list[object] = field(default_factory=list)
     scheduler: tuple[object, object] | None = None
     left: dict[str, str] = field(default_factory=dict)
     set_up_s: float = 0.0
@@ -83,6 +86,9 @@ def install(
             accelerated.install(module, _settings_of(name, module, settings), guard, paired and paired.around)
             if name in _DENOISERS:
                 accelerated.follow(module, lambda: getattr(pipe.scheduler, "timesteps", None))
+                # the attention of walked ones is served, and told about, call by call
+                if accelerated.is_lowered(module):
+                    done.attention += attention_backend.choose(module)
             done.modules[name] = module
     except BaseException:
         _take_back(pipe, done)
@@ -169,6 +175,7 @@ def _quantize(module: nn.Module, quant: Quant) -> Quantized:
 
 
 def _take_back(pipe: object, done: Installed) -> None:
+    attention_backend.unchoose(done.attention)
     for module in done.modules.values():
         accelerated.remove(module)
     for made in done.quantized.values():

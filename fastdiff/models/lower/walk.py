@@ -10,6 +10,7 @@ from fastdiff.models.lower.record import LayerRecord, Record, Settings, Unsuppor
 from fastdiff.models.lower.walk_attention import FusedAttention
 from fastdiff.models.lower.walk_choice import Always, Timed
 from fastdiff.models.lower.walk_layers import MAKERS, NORMS, Layer
+from fastdiff.models.lower.walk_processors import PROCESSORS, FusedProcessor
 
 
 class Walked:
@@ -31,6 +32,7 @@ class Walked:
         self._choose = Timed if settings.deterministic == "off" else Always
         self._attention = FusedAttention(settings.numbers.attention, self._choose)
         self._layers: list[Layer] = []
+        self._processors: list[tuple[str, nn.Module, FusedProcessor]] = []
         self._pack(reason)
 
     def _pack(self, reason: str) -> None:
@@ -50,6 +52,11 @@ class Walked:
                     self._layers.append(Layer(name, layer, make(name, layer, packer), self._choose()))
                 except UnsupportedError as error:
                     record.add(name, "torch", str(error))
+        for name, layer in self.module.named_modules():
+            stock = vars(layer).get("processor")
+            if type(stock).__name__ in PROCESSORS:
+                fused = PROCESSORS[type(stock).__name__](stock, self.settings.numbers.attention)
+                self._processors.append((name, layer, fused))
         record.nbytes = packer.record.nbytes
         self._formats = {entry.name: entry for entry in packer.record.layers}
 
@@ -61,6 +68,7 @@ class Walked:
             entry = self._formats.get(layer.name, LayerRecord(layer.name, "fused"))
             runs, reason = layer.outcome(entry)
             layers.append(LayerRecord(layer.name, runs, reason))
+        layers += [LayerRecord(f"{name}.processor", *fused.outcome()) for name, _, fused in self._processors]
         layers += [LayerRecord(*entry) for entry in self._attention.outcomes()]
         return Record(layers, self._packed.nbytes)
 
@@ -68,11 +76,16 @@ class Walked:
         """Puts our layers in place of the module's."""
         for layer in self._layers:
             layer.seat.take()
+        for _, attention, fused in self._processors:
+            attention.processor = fused
 
     def remove(self) -> None:
         """Gives every layer its own forward back."""
         for layer in self._layers:
             layer.seat.leave()
+        for _, attention, fused in self._processors:
+            if attention.processor is fused:  # else someone has put in another since
+                attention.processor = fused.stock
 
     def __call__(self, *args, **kwargs):
         """The module's own forward over our layers and attention."""

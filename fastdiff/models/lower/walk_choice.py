@@ -7,11 +7,14 @@ import torch
 
 Tensor = torch.Tensor
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)  # others may have no memory of their own
 _ROUNDS = 5  # of each contender
 
 
 def servable(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or any(t.device.type != "cpu" or t.dtype not in _FLOATS for t in tensors):
+        return False
+    if any(type(t) not in _PLAIN for t in tensors):
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)) and all(t.numel() for t in tensors)
 
