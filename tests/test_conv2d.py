@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastdiff.ops import backend, conv2d, conv2d_w8a8, native
+from fastdiff.ops import backend, conv2d, conv2d_w8a8, native, onednn
 from fastdiff.ops.conv2d_samples import SHAPES, make_call, make_int8_call
 from fastdiff.ops.packing import conv_weight_sums, pack_conv, unpack_conv
 
@@ -246,3 +246,15 @@ def test_bad_quantization_is_refused_with_a_sentence(index, value, message):
     args[index] = value
     with pytest.raises((ValueError, TypeError), match=message):
         conv2d_w8a8(*args)
+
+
+@pytest.mark.skipif(onednn.onednn_missing() is not None, reason="no oneDNN")
+def test_onednn_repacks_weights_that_were_written_to():
+    x, packed = torch.randn(2, 3, 4, 20), pack_conv(torch.randn(16, 20, 1, 1), (20,))
+    call = (x, None, packed, 16, 1, 1, [0] * 4, 1, None, None, None, torch.float32)
+    with backend("onednn"):
+        first, kept = conv2d(*call), len(onednn._kept)
+        packed.mul_(2)
+        assert torch.equal(conv2d(*call), 2 * first) and len(onednn._kept) == kept
+        del call, packed
+        assert len(onednn._kept) == kept - 1  # it goes with the weight

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fastdiff.ops import memory, native
+from fastdiff.ops import memory, native, onednn
 from fastdiff.ops.conv2d_call import (
     check_epilogue,
     check_geometry,
@@ -83,6 +83,9 @@ def _(x, x2, weight, out_channels, kernel, stride, padding, upsample, bias, emb,
     sizes = (*x.shape[:3], *out.shape[1:], kernel, stride, padding[0], padding[2], upsample)
     run_native(segments, weight, None, None, out, sizes, bias, emb, residual, None)
     return out
+
+
+conv2d.variant("onednn", ("cpu",), onednn.onednn_missing, onednn.refuse_conv2d)(onednn.run_conv2d)
 
 
 @conv2d.sample

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastdiff.ops import native
+from fastdiff.ops import native, onednn
 from fastdiff.ops.linear_call import FLOATS, check_call, columns, finish, run
 from fastdiff.ops.linear_samples import samples
 from fastdiff.ops.packing import pack, packed_k, unpack
@@ -68,6 +68,9 @@ def _refuse(x, weight, *rest):
 def _(x, weight, out_features, bias, activation, gate, residual, out_dtype):
     kernel = native.cpu().linear
     return run(kernel, x, None, weight, None, None, 0, out_features, bias, activation, gate, residual, None, out_dtype)
+
+
+linear.variant("onednn", ("cpu",), onednn.onednn_missing, onednn.refuse_linear)(onednn.run_linear)
 
 
 @linear.sample

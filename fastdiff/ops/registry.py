@@ -33,7 +33,7 @@ class Variant:
 
 @contextlib.contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """Forces every op inside the block to one variant: "reference", "cpu", "triton" or "cuda". It never falls back.
+    """Forces every op inside the block to one variant: "reference", "cpu", "onednn", "triton" or "cuda". It never falls back.
 
     Raises ValueError for a name that no op has; a call that the variant cannot serve raises RuntimeError.
     """
