@@ -49,13 +49,14 @@ class Reuse:
     computed, reused  samples
     worst_estimate    largest estimated error that was accepted
     measured          mean error that one more reuse would have had, wherever features were computed again; None before
-    saved_s           seconds that inner blocks would have taken for the samples that reused, at their best pace so far
+    spent_s, saved_s  seconds that inner blocks took, and would have taken for the samples that reused, at their best pace
     """
 
     computed: int = 0
     reused: int = 0
     worst_estimate: float = 0.0
     measured: float | None = None
+    spent_s: float = 0.0
     _pace_s: float = math.inf
     _errors: int = 0
 
@@ -66,6 +67,7 @@ class Reuse:
     def compute(self, samples: int, seconds: float) -> None:
         """Counts samples that were computed."""
         self.computed += samples
+        self.spent_s += seconds
         self._pace_s = min(self._pace_s, seconds / samples)
 
     def measure(self, errors: np.ndarray) -> None:
@@ -80,8 +82,12 @@ class Reuse:
         if not calls:
             return "feature cache: not used yet"
         share = f"feature cache: inner blocks reused for {self.reused} of {calls} samples"
-        error = f", estimated error at most {self.worst_estimate:.3g}" if self.reused else ""
-        return f"{share}, {self.saved_s:.3g} s saved{error}"
+        if not self.reused:
+            return share
+        speed = f"{1 + self.saved_s / self.spent_s:.2f}x as fast, {self.saved_s:.3g} s saved"
+        error = f"features off by {self.worst_estimate:.3g} at most as estimated"
+        measured = "" if self.measured is None else f", one reuse more by {self.measured:.3g} on average as measured"
+        return f"{share}, {speed}; {error}{measured}"
 
 
 @dataclass

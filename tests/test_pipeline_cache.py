@@ -40,3 +40,6 @@ def test_with_a_budget_inner_blocks_are_reused_anew_in_every_run(name):
     assert out.isfinite().all() and once.reused >= once.computed > 0
     assert torch.equal(tiny(pipe, steps=6), out)
     assert (_reuse(pipe).reused, _reuse(pipe).computed) == (2 * once.reused, 2 * once.computed)
+    told = str(fastdiff.report(pipe))
+    assert f"reused for {2 * once.reused} of {2 * (once.reused + once.computed)} samples, " in told
+    assert "x as fast" in told and "as estimated" in told

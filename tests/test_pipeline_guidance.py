@@ -1,6 +1,7 @@
 """Adaptive guidance in pipelines: as guidance that is switched off by hand, and never in the way of what is not guided."""
 
 import importlib.util
+import time
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ if native.cpu() is None or importlib.util.find_spec("diffusers") is None:
     pytest.skip("needs the compiled kernels and diffusers", allow_module_level=True)
 
 from tiny_pipelines import TINY
+
+from fastdiff.pipeline.paired_calls import PairedCalls
 
 # text encoders come from transformers, which takes seconds to import
 GUIDED = ["DiT", *(pytest.param(n, marks=pytest.mark.slow) for n in TINY if n not in ("DiT", "FLUX", "Wan"))]
@@ -41,9 +44,34 @@ def test_after_two_calls_the_negative_branch_is_left_out(name):
     """In every run anew."""
     out, pipe = _run(name, AdaptiveGuidance(-1.0, first=1))
     total = int(_line(pipe).split(" of ")[1].split()[0])
-    assert _line(pipe) == f"adaptive guidance: {total - 4} of {total} negative evaluations left out"
+    assert _line(pipe).startswith(f"adaptive guidance: {total - 4} of {total} negative evaluations left out, ")
     assert torch.equal(TINY[name](pipe, rows=2, steps=4), out)
-    assert _line(pipe) == f"adaptive guidance: {2 * total - 8} of {2 * total} negative evaluations left out"
+    assert _line(pipe).startswith(f"adaptive guidance: {2 * total - 8} of {2 * total} negative evaluations left out, ")
+
+
+def test_the_report_tells_speed_and_divergence():
+    """Of a denoiser whose seconds and branches are known."""
+
+    class Known(torch.nn.Module):
+        def forward(self, hidden_states, timestep, class_labels):
+            now[0] += 0.5 * len(hidden_states)
+            return (hidden_states + class_labels[:, None] * torch.eye(4)[:1],)
+
+    now = [0.0]
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    net = Known()
+    paired = PairedCalls(net, AdaptiveGuidance(0.9)).around(net.forward)
+    x = torch.tensor([[0.0, 2.0, 0.0, 0.0]]).repeat(2, 1)
+    for t in (3, 2, 1):
+        paired(x, timestep=t, class_labels=CONDITION)
+    monkeypatch.undo()
+    # branches (0.2, 2) and (0, 2): apart by 0.2 of |(0.2, 2)| or of |(0, 2)|; 6 rows in the time of 4
+    line = str(paired)
+    assert "2 of 3 negative" in line and "1.50x as fast" in line and "apart by 0.1 at most" in line
+
+
+CONDITION = torch.tensor([0.2, 0.0])
 
 
 @pytest.mark.slow

@@ -114,6 +114,25 @@ def test_layers_of_a_walked_module_are_compiled_whole():
         assert _error(torch.compile(block, fullgraph=True, backend="eager")(x), block(x)) < EXACT
 
 
+def test_training_a_walked_module_reaches_every_weight():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Linear(8, 4))
+    x = torch.randn(3, 4)
+    net(x).square().sum().backward()
+    expected = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    fastdiff.accelerate(net)(x).square().sum().backward()
+    assert all(map(torch.equal, (p.grad for p in net.parameters()), expected))
+
+
+def test_layers_without_a_kernel_are_told():
+    net = fastdiff.accelerate(
+        torch.nn.Sequential(torch.nn.Conv3d(2, 2, 1), torch.nn.LayerNorm(4), torch.nn.Linear(4, 4))
+    )
+    told = "; ".join(fastdiff.report(net).fallbacks)
+    assert "0 runs on torch: no kernel for Conv3d" in told and "1 runs on torch: a norm by itself" in told
+
+
 def _block_offload(net, folder):
     from diffusers.hooks import apply_group_offloading
 

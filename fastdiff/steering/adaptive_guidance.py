@@ -56,6 +56,13 @@ class AdaptiveGuidance(Hook):
 
 def cosines(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
     """Cosine of the angle between two tensors `[B, ...]`, per sample, in a fixed order of summation; 0 where one is 0."""
+    return compared(a, b)[0]
+
+
+def compared(a: torch.Tensor, b: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The cosine of two tensors `[B, ...]`, and |a - b| / |b|, per sample; both 0 where one is 0."""
     products = gram([a, b]).cpu().numpy()
-    scale = np.sqrt(products[:, 0, 0] * products[:, 1, 1])
-    return np.divide(products[:, 0, 1], scale, out=np.zeros(len(products)), where=scale > 0)
+    first, inner, second = products[:, 0, 0], products[:, 0, 1], products[:, 1, 1]
+    divide = lambda x, y: np.divide(x, y, out=np.zeros(len(products)), where=first * second > 0)
+    apart = np.sqrt(np.maximum(first + second - 2 * inner, 0))
+    return divide(inner, np.sqrt(first * second)), divide(apart, np.sqrt(second))

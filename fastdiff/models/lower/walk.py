@@ -47,6 +47,8 @@ class Walked:
             for name, layer in self.module.named_modules():
                 make = makers.get(type(layer))
                 if make is None:
+                    if reason := _left_reason(layer):
+                        record.add(name, "torch", reason)
                     continue
                 try:
                     self._layers.append(Layer(name, layer, make(name, layer, packer), self._choose()))
@@ -97,3 +99,12 @@ class Walked:
             return own()
         with self._attention:
             return own()
+
+
+def _left_reason(layer: nn.Module) -> str:
+    """Why a layer that computes stays torch's, or nothing for one that only holds others."""
+    if type(layer) in NORMS:
+        return "a norm by itself is no slower in torch"
+    own = [p for p in layer._parameters.values() if p is not None]
+    computes = any(p.dim() > 1 for p in own) and not isinstance(layer, nn.Embedding)
+    return f"no kernel for {type(layer).__name__}" if computes else ""
