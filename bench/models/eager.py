@@ -11,6 +11,8 @@ from bench.models.workloads import Workload
 
 def load(workload: Workload, dtype: torch.dtype, compiled: bool) -> Loaded:
     """The module in one dtype, channels_last where it has convolutions; compiled with frozen weights."""
+    if workload.pipeline:
+        return _load_pipeline(workload, dtype, compiled)
     module = workload.build()
     start = time.perf_counter()
     module.to(dtype)
@@ -24,6 +26,18 @@ def load(workload: Workload, dtype: torch.dtype, compiled: bool) -> Loaded:
         return Loaded(diffusers_loop(workload, lambda x, *rest: call(_cast(x, dtype), *rest).float()), seconds)
     inputs = _converted(workload, dtype)
     return Loaded(lambda: call(*inputs), seconds)
+
+
+def _load_pipeline(workload: Workload, dtype: torch.dtype, compiled: bool) -> Loaded:
+    """As users run it, with channels_last where it has convolutions."""
+    if compiled:
+        raise Unavailable("pipelines are timed eagerly")
+    pipe = workload.pipeline.build()
+    start = time.perf_counter()
+    pipe.to(dtype=dtype)
+    for part in (getattr(pipe, workload.pipeline.denoiser), pipe.vae) if workload.layout == "channels" else ():
+        part.to(memory_format=torch.channels_last)
+    return Loaded(lambda: workload.pipeline(pipe), {"convert": time.perf_counter() - start})
 
 
 def _compiled(call):

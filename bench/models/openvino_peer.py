@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from bench.models import openvino_graph
+from bench.models import openvino_graph, openvino_pipeline
 from bench.models.loaded import Loaded, Unavailable
 from bench.models.sampling import diffusers_loop
 from bench.models.workloads import Workload
@@ -19,12 +19,16 @@ def missing(int8: bool) -> str | None:
 
 def prepare(workload: Workload, int8: bool) -> None:
     """Exports and quantizes unless the cache has it."""
-    if missing(int8) is None and not openvino_graph.is_prepared(workload, int8):
+    if workload.pipeline:
+        openvino_pipeline.prepare(workload, int8)
+    elif missing(int8) is None and not openvino_graph.is_prepared(workload, int8):
         openvino_graph.prepare(workload, int8)
 
 
 def load(workload: Workload, hint: str, int8: bool, threads: int) -> Loaded:
-    """The compiled graph at the workload's static shapes."""
+    """The compiled graph at the workload's static shapes, or the pipeline's graphs."""
+    if workload.pipeline:
+        return openvino_pipeline.load(workload, hint, int8, threads)
     start = time.perf_counter()
     forward = _forward(request(workload, hint, int8, threads))
     record = openvino_graph.prepared(workload, int8)

@@ -1,4 +1,4 @@
-"""`fastdiff.accelerate` on the same module."""
+"""`fastdiff.accelerate` on the same module or pipeline."""
 
 import time
 
@@ -9,13 +9,15 @@ from bench.models.workloads import Workload
 
 
 def load(workload: Workload, mode: str) -> Loaded:
-    """The user's module, accelerated in place; whole samplings run in `fastdiff.Sampler`."""
+    """The user's module, accelerated in place; samplings of bundled models run in `fastdiff.Sampler`."""
     if not hasattr(fastdiff, "accelerate"):
         raise Unavailable("this version of fastdiff has no accelerate")
-    module = workload.build()
+    module = workload.pipeline.build() if workload.pipeline else workload.build()
     start = time.perf_counter()
     fastdiff.accelerate(module, mode=mode)
     seconds = {"accelerate": time.perf_counter() - start}
+    if workload.pipeline:
+        return Loaded(lambda: workload.pipeline(module), seconds, note=lambda: str(fastdiff.report(module)))
     inputs = workload.inputs(0)
     run = lambda: workload.call(module, *inputs)
     if workload.images is not None:

@@ -14,12 +14,15 @@ def describe(pipe, workload: str) -> None:
     chosen = WORKLOADS[workload]
     module, inputs = chosen.build(), chosen.inputs(0)
     call = lambda *given: chosen.call(module, *given)
-    output = diffusers_loop(chosen, call)() if chosen.images is not None else call(*inputs)
+    if chosen.pipeline is not None:
+        output = chosen.pipeline(chosen.pipeline.build())
+    else:
+        output = diffusers_loop(chosen, call)() if chosen.images is not None else call(*inputs)
     parameters = sum(p.numel() for p in module.parameters())
     module.to("meta")
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call(*(tensor.to("meta") for tensor in inputs))
-    flops = counter.get_total_flops() * (STEPS if chosen.images is not None else 1)
+    flops = counter.get_total_flops() * (1 if chosen.images is chosen.pipeline is None else STEPS)
     pipe.send({"output": output.numpy(), "flops": flops, "parameters": parameters})
 
 

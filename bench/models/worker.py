@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 import torch
 
 _SAMPLE_SECONDS = 0.25  # fast forwards are repeated until a sample takes this long
+_LONG = 5.0  # seconds of a first call that is its own warm-up
 _WARM_BELOW = 0.1  # seconds of a forward below which the caches of a worker that was asleep would show
 
 
@@ -69,7 +70,8 @@ def _serve(pipe: Connection, workload: str, variant: str, threads: int) -> None:
         traceback.print_exc()
         pipe.send({"error": f"{type(error).__name__}: {error}"})
         return
-    once = min(_seconds(loaded.run, 1) for _ in range(2))
+    first = seconds["first call"]
+    once = first if first > _LONG else min(_seconds(loaded.run, 1) for _ in range(2))
     pipe.send({"output": output, "seconds": seconds})
     calls = max(1, round(_SAMPLE_SECONDS / once))
     while pipe.recv() == "run":

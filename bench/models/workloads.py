@@ -1,5 +1,6 @@
 """What is timed: denoisers, their inputs, and whole samplings."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from bench.models.architectures import (
     vae_decoder,
     wan,
 )
+from bench.models.pipelines import PIPELINES, Pipeline
 
 NULL_LABEL = 10  # of the bundled DiT
 
@@ -39,6 +41,7 @@ class Workload:
     calibration how many inputs the quantizer of a peer sees
     images      rows of a whole sampling instead of one forward, or None
     guidance    classifier-free guidance scale of that sampling; above 1 doubles the rows
+    pipeline    a whole call of a pipeline around this denoiser, or None
     """
 
     name: str
@@ -51,6 +54,7 @@ class Workload:
     calibration: int = 4
     images: int | None = None
     guidance: float = 1.0
+    pipeline: Pipeline | None = None
 
 
 def _latents(shape: tuple[int, ...], *more: Callable, steps: str = "int64") -> Callable[[int], tuple]:
@@ -211,6 +215,12 @@ def _contexts() -> tuple[Workload, ...]:
     )
 
 
+def _make_pipelines() -> list[Workload]:
+    """Whole calls around denoisers that are also timed alone."""
+    denoisers = {"sd15_pipeline": _make_sd15(32), "dit_xl2_pipeline": _make_dit("dit_xl2", 16, 72, 28, 32, 1000)}
+    return [dataclasses.replace(denoisers[name], name=name, pipeline=p) for name, p in PIPELINES.items()]
+
+
 _ALL = (
     _make_dit("dit_tiny", 4, 64, 4, 16, 10),
     _make_dit("dit_s2", 6, 64, 12, 32, 1000),
@@ -223,6 +233,7 @@ _ALL = (
     *_joints(),
     *(_make_bundled(kind, batch) for kind in ("dit", "unet") for batch in (1, 16)),
     *(_make_bundled(kind, batch, sampling=True) for kind in ("dit", "unet") for batch in (1, 16)),
+    *_make_pipelines(),
 )
 WORKLOADS = {workload.name: workload for workload in _ALL}
 
