@@ -27,6 +27,7 @@ void bind_qk_norm_rope(py::module_&);
 void bind_quantize_rows(py::module_&);
 void bind_quantize_static(py::module_&);
 void bind_resample(py::module_&);
+void bind_scale_channels(py::module_&);
 void bind_solver_step(py::module_&);
 
 namespace {
@@ -59,6 +60,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_quantize_rows(m);
   bind_quantize_static(m);
   bind_resample(m);
+  bind_scale_channels(m);
   bind_solver_step(m);
   m.def("stream_triad", &stream_triad_cpu);
 

@@ -27,7 +27,7 @@ from fastdiff.quant.plan import adapt
 from fastdiff.quant.qtensor import quantize as quantize_matrix
 from fastdiff.quant.qtensor import to_common_scale
 from fastdiff.quant.recipes import SPARED
-from fastdiff.quant.schemes import LowRank, Rotate, Scheme, TensorSpec
+from fastdiff.quant.schemes import LowRank, Rotate, Scheme, Smooth, TensorSpec
 from fastdiff.quant.steps import StepContext
 from fastdiff.quantized import measure, quantize_model
 
@@ -48,6 +48,7 @@ SCHEMES = {
     "w4a16": Scheme(W4),
     "w4a8": Scheme(NESTED, TOKEN, (Rotate(16),)),
     "w4a8-branch": Scheme(W4, TOKEN, (LowRank(4),)),
+    "w4a8-svd": Scheme(W4, TOKEN, (Smooth(None), LowRank(4))),
     "nf4": Scheme(TensorSpec("nf4", "group", 32)),
 }
 # in floating point both are the same; else a last bit before a rounding grows, layer by layer, to the noise of quantization

@@ -26,6 +26,7 @@ from fastdiff.ops.quantize_rows import quantize_rows
 from fastdiff.ops.quantize_static import quantize_static
 from fastdiff.ops.registry import OPS, Op, backend
 from fastdiff.ops.resample import resample
+from fastdiff.ops.scale_channels import scale_channels
 from fastdiff.ops.solver_step import solver_step
 
 __all__ = [
@@ -58,5 +59,6 @@ __all__ = [
     "quantize_rows",
     "quantize_static",
     "resample",
+    "scale_channels",
     "solver_step",
 ]

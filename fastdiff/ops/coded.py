@@ -19,6 +19,7 @@ from fastdiff.ops.linear_w4a16 import linear_w4a16
 from fastdiff.ops.linear_w8a8 import linear_w8a8
 from fastdiff.ops.linear_w8a16 import linear_w8a16
 from fastdiff.ops.quantize_static import quantize_static
+from fastdiff.ops.scale_channels import scale_channels
 
 Tensor = torch.Tensor
 Range = tuple[Tensor, Tensor | None]  # scale and offset of static activations: [1] or one per sample
@@ -34,6 +35,7 @@ class Coded:
     bias    [N] float32 or None
     inputs  what becomes of activations: "float", "dynamic" (int8 by row; by sample in a convolution) or "static"
     offset  whether static ranges have an offset
+    smooth  [K] float32, what inputs are multiplied with before anything else, or None
     hadamard  [g, g] float32, which every g inputs are multiplied with first, or None
     up, down  [N, r], [r, K] float32: a branch in floating point beside the product, or None
     """
@@ -44,6 +46,7 @@ class Coded:
     bias: Tensor | None
     inputs: str
     offset: bool = False
+    smooth: Tensor | None = None
     hadamard: Tensor | None = None
     up: Tensor | None = None
     down: Tensor | None = None
@@ -59,7 +62,8 @@ def join(parts: list[Coded]) -> Coded:
     same = lambda name: len({getattr(p, name) is None for p in parts}) == 1
     shapes = {(p.inputs, p.offset, 1 if p.scale is None else p.scale.shape[1]) for p in parts}
     rotations = {0 if p.hadamard is None else len(p.hadamard) for p in parts}
-    if len(shapes) > 1 or len(rotations) > 1 or not (same("codes") and same("up")):
+    smoothed = same("smooth") and all(first.smooth is None or torch.equal(p.smooth, first.smooth) for p in parts)
+    if len(shapes) > 1 or len(rotations) > 1 or not (same("codes") and same("up") and smoothed):
         raise ValueError("layers over one input are quantized in different ways")
     rows = lambda name: None if getattr(first, name) is None else torch.cat([getattr(p, name) for p in parts])
     bias = [torch.zeros(p.outputs) if p.bias is None else p.bias for p in parts]
@@ -83,7 +87,9 @@ def take(coded: Coded, inputs: slice) -> Coded:
     columns = lambda t: None if t is None else t[:, start:stop]
     scale = coded.scale if groups == 1 else coded.scale[:, start * groups // width : stop * groups // width]
     parts = {name: columns(getattr(coded, name)) for name in ("codes", "dense", "down")}
-    return dataclasses.replace(coded, **parts, scale=scale, bias=coded.bias if stop == width else None)
+    smooth = None if coded.smooth is None else coded.smooth[start:stop].contiguous()
+    bias = coded.bias if stop == width else None
+    return dataclasses.replace(coded, **parts, scale=scale, smooth=smooth, bias=bias)
 
 
 class CodedLinear:
@@ -139,6 +145,8 @@ class CodedLinear:
         x_range  of static activations
         """
         out = out_dtype or self.stream
+        if self.coded.smooth is not None:
+            x = scale_channels(x, self.coded.smooth, self.stream)
         if self._side is None:
             return self._product(x, self._bias, activation, gate, residual, out, x_range)
         down, up = self._side

@@ -30,16 +30,19 @@ def build_layer(layer: nn.Module, scheme: Scheme, stats: ChannelObserver | None 
 
 
 def build_measured(
-    layer: nn.Module, scheme: Scheme, stats: ChannelObserver | None = None
+    layer: nn.Module, scheme: Scheme, stats: ChannelObserver | None = None, smooth: Tensor | None = None
 ) -> tuple[nn.Module, tuple[float, float]]:
-    """`build_layer`, and the energies of the weight and of its error."""
+    """`build_layer`, and the energies of the weight and of its error.
+
+    smooth  factors that the layer shares with others over the same input; None chooses its own
+    """
     if scheme.split_input is not None:
         return _split(layer, scheme)
     if isinstance(layer, nn.Conv2d):
         weight = as_matrix(layer.weight.detach().float())
         rounded = _round(weight, scheme, stats and stats.hessian)
         return QConv2d(rounded, layer, scheme), energies(weight, rounded.dequantize())
-    return _build_linear(layer, scheme, stats)
+    return _build_linear(layer, scheme, stats, smooth)
 
 
 def weight_sqnr_db(layer: nn.Module, quantized: nn.Module) -> float:
@@ -78,11 +81,11 @@ def restore_layer(layer: nn.Module, scheme: Scheme, tensors: dict[str, Tensor]) 
 
 
 def _build_linear(
-    layer: nn.Linear, scheme: Scheme, stats: ChannelObserver | None
+    layer: nn.Linear, scheme: Scheme, stats: ChannelObserver | None, smooth: Tensor | None
 ) -> tuple[QLinear, tuple[float, float]]:
     weight = layer.weight.detach().float()
     hessian = None if stats is None else stats.hessian
-    smooth = _smooth(weight, scheme, stats)
+    smooth = smoothing_of(weight, scheme, stats) if smooth is None else smooth
     if smooth is not None:
         weight = weight * smooth
         hessian = None if hessian is None else hessian / (smooth[:, None] * smooth).double()
@@ -111,7 +114,8 @@ def _round(weight: Tensor, scheme: Scheme, hessian: Tensor | None) -> QTensor:
     return quantize(weight, scheme.weight)
 
 
-def _smooth(weight: Tensor, scheme: Scheme, stats: ChannelObserver | None) -> Tensor | None:
+def smoothing_of(weight: Tensor, scheme: Scheme, stats: ChannelObserver | None) -> Tensor | None:
+    """The factors [K] that a scheme divides inputs by and multiplies the weight [N, K] with; None without smoothing."""
     smooth = scheme.transform(Smooth)
     if smooth is None:
         return None

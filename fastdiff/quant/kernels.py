@@ -23,15 +23,14 @@ class NoKernelError(ValueError):
 
 
 def coded_linear(layer: Any) -> Coded:
-    """A QLinear with its rotation and its branches. Raises NoKernelError."""
-    if layer.smooth is not None:
-        raise NoKernelError("its input is divided by factors that no norm has taken up")
+    """A QLinear with its smoothing, its rotation and its branches. Raises NoKernelError."""
     branches = layer.branches
     up = torch.cat([up for up, _ in branches], 1) if branches else None
     down = torch.cat([down for _, down in branches]) if branches else None
     made = _product(layer)
     rotation = None if layer.rotation == 1 else regular_hadamard(layer.rotation).float() / layer.rotation**0.5
-    return Coded(*made, hadamard=rotation, up=up, down=down)
+    smooth = None if layer.smooth is None else 1 / layer.smooth
+    return Coded(*made, smooth=smooth, hadamard=rotation, up=up, down=down)
 
 
 def coded_conv(layer: Any) -> Coded:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastdiff.quant import observe
-from fastdiff.quant.build import build_layer, build_measured, restore_layer, weight_sqnr_db
+from fastdiff.quant.build import build_layer, build_measured, restore_layer, smoothing_of, weight_sqnr_db
 from fastdiff.quant.calibration import CalibrationSet
 from fastdiff.quant.layer import QLayer, qlayers
 from fastdiff.quant.measures import ratio_db
@@ -60,9 +60,10 @@ class Work:
             self.observe_channels(names, block)
         learned = [n for n in names if self.plans[n].scheme.rounding.kind == "adaround"]
         target = self._reference_output(block) if learned else None
+        shared = self._shared_smoothing(names)
         for name in names:
             layer, plan = self.net.get_submodule(name), self.plans[name]
-            made, sums = build_measured(layer, plan.scheme, self.channels.get(name))
+            made, sums = build_measured(layer, plan.scheme, self.channels.get(name), shared.get(name))
             self.sqnr[name] = ratio_db(*sums)
             self._swap(name, layer, made)
         if learned:
@@ -72,6 +73,24 @@ class Work:
                 self.sqnr[name] = weight_sqnr_db(self.originals[name], self.net.get_submodule(name))
             if not self.keep:
                 del self.originals[name]
+
+    def _shared_smoothing(self, names: list[str]) -> dict[str, Tensor]:
+        """Factors of layers that read one input, as queries, keys and values do: the same, so that it is scaled once."""
+        smoothed = [n for n in names if n in self.channels and self.plans[n].scheme.transform(Smooth)]
+        groups: list[list[str]] = []
+        for name in smoothed:
+            equal = lambda other, name=name: (
+                self.plans[other].scheme == self.plans[name].scheme
+                and torch.equal(self.channels[other].amax, self.channels[name].amax)
+            )
+            group = next((g for g in groups if equal(g[0])), None)
+            groups.append([name]) if group is None else group.append(name)
+        factors = {}
+        for group in groups:
+            weight = torch.cat([self.net.get_submodule(n).weight.detach().float() for n in group])
+            made = smoothing_of(weight, self.plans[group[0]].scheme, self.channels[group[0]])
+            factors |= dict.fromkeys(group, made)
+        return factors
 
     def quantize_temporal(self, names: list[str]) -> None:
         """Swaps the layers of the temporal information block; learned rounding is learned for all of them at once."""

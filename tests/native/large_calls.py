@@ -42,6 +42,7 @@ def large_calls(name: str) -> list[tuple]:
         "quantize_rows": [(normal(301, 777),)],
         "activate": [(normal(301, 777), kind) for kind in ("gelu", "gelu_tanh", "silu")],
         "geglu": [(normal(301, 778), kind) for kind in ("geglu", "geglu_tanh", "swiglu")],
+        "scale_channels": [(normal(301, 777), normal(777), torch.float32)],
         "resample": [(normal(2, 32, 33, 67), kind) for kind in ("nearest2x", "average2x")],
         "qk_norm_rope": [
             (normal(2, 301, 6, 72), normal(72), 1e-6, *vectors(2, 301, 72), pairs, torch.float32)

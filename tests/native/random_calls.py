@@ -111,6 +111,10 @@ def resample(d: Draw, n: int) -> tuple:
     )
 
 
+def scale_channels(d: Draw, n: int) -> tuple:
+    return d.rows(*_lead(d), n), d.normal(n), d.dtype()
+
+
 def norm_modulate_int8(d: Draw, n: int) -> tuple:
     B, N = d.one((1, 1), (2, 3), (3, 5), (0, 2), (2, 0))
     x = d.lines(B, N, n, dtype=d.dtype())
@@ -281,7 +285,7 @@ CALLS: dict[str, Callable[[Draw, int], tuple]] = {
             *(activate, attention, conv2d, conv2d_w8a8, copy, depthwise_conv2d, gated_norm_modulate, geglu, gram),
             *(group_norm, group_norm_nchw, join_heads, linear, linear_attention, linear_w4a16, linear_w8a16),
             *(linear_w8a8, norm_modulate, norm_modulate_int8, philox_normal, qk_norm_rope, quantize_static),
-            *(resample, solver_step),
+            *(resample, scale_channels, solver_step),
         )
     },
 }
