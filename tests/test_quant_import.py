@@ -1,5 +1,6 @@
 """Importers of other libraries' quantized weights (T numbers: section 8 of the quantization specification)."""
 
+import copy
 import io
 import random
 import struct
@@ -7,9 +8,15 @@ import struct
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
+from fastdiff.imported import import_weights
+from fastdiff.models.header import CheckpointError
 from fastdiff.quant.gguf import BLOCKS, decode, read_gguf, to_qtensor
 from fastdiff.quant.importers import from_int8, from_nunchaku, nunchaku_low_rank, nunchaku_vector
+from fastdiff.quant.measures import sqnr_db
+from fastdiff.quant.state import from_tensors, to_tensors
 
 KINDS = {block.name: (code, block) for code, block in BLOCKS.items()}
 
@@ -204,3 +211,164 @@ def test_T23_nunchaku_low_rank_factors_are_inverted():
     order = low_rank_order(32, 48, lambda n, k: [(i, j) for j in range(k) for i in range(n)])
     packed = torch.stack([down[i, j] for i, j in order]).view(48, 32)
     assert torch.equal(nunchaku_low_rank(packed, down=True), down)
+
+
+class Small(nn.Module):
+    """A fused projection of the files is two layers here, and a norm stays in floating point."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_q, self.to_k = nn.Linear(128, 128), nn.Linear(128, 128)
+        self.norm, self.out = nn.LayerNorm(128), nn.Linear(128, 64, bias=False)
+
+    def forward(self, x):
+        return self.out(self.norm(self.to_q(x) * self.to_k(x)))
+
+
+def expected(net: nn.Module, weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """The network with these weights in floating point, activations not quantized."""
+    same = copy.deepcopy(net)
+    for name, weight in weights.items():
+        setattr(same, name, nn.Linear(*weight.shape[::-1], bias=getattr(net, name).bias is not None))
+        getattr(same, name).weight.data.copy_(weight)
+        if getattr(net, name).bias is not None:
+            getattr(same, name).bias.data.copy_(net.get_submodule(name).bias)
+    return same(x)
+
+
+def int8_tensors(net: Small, names: tuple[str, str], scale_shape=(-1,)) -> dict[str, torch.Tensor]:
+    weight, scale = names
+    tensors = {"norm.weight": torch.rand(128), "norm.bias": torch.randn(128)}
+    for name in ("to_q", "to_k", "out"):
+        rows = getattr(net, name).out_features
+        tensors[f"{name}{weight}"] = torch.randint(-127, 128, (rows, 128), dtype=torch.int8)
+        tensors[f"{name}{scale}"] = (torch.rand(rows) * 0.01 + 1e-3).reshape(scale_shape)
+        if name != "out":
+            tensors[f"{name}.bias"] = torch.randn(rows)
+    return tensors
+
+
+@pytest.mark.parametrize("source", ("torchao", "torchao-dynamic", "ModelOpt", "ModelOpt-static"))
+def test_files_of_int8_weights_are_imported_without_loss(tmp_path, source):
+    torch.manual_seed(0)
+    net, metadata = Small(), {}
+    if source.startswith("torchao"):
+        names = ("._weight_qdata", "._weight_scale")
+        tensors = int8_tensors(net, names, (-1, 1))
+        kind = '{"granularity": {}}' if source.endswith("dynamic") else "null"
+        metadata = {f"{n}.weight": f'{{"_type": "Int8Tensor", "_data": {{"act_quant_kwargs": {kind}}}}}' for n in ("to_q", "to_k", "out")}  # fmt: skip
+    else:
+        names = (".weight", ".weight_scale")
+        tensors = int8_tensors(net, names)
+        if source.endswith("static"):
+            tensors |= {f"{n}.input_scale": torch.tensor(0.03) for n in ("to_q", "to_k", "out")}
+            tensors |= {f"{n}.pre_quant_scale": torch.rand(128) + 0.5 for n in ("to_q", "to_k")}
+    save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "m.safetensors", metadata)
+    made = import_weights(net, tmp_path / "m.safetensors")
+    for name in ("to_q", "to_k", "out"):
+        layer = getattr(net, name)
+        want = tensors[f"{name}{names[0]}"].float() * tensors[f"{name}{names[1]}"].reshape(-1, 1)
+        assert torch.equal(layer.codes().dequantize(), want)
+        assert (layer.input_scale is None) == (source != "ModelOpt-static")
+        assert (layer.scheme.input is None) == (source == "torchao")
+        if name != "out":
+            assert torch.equal(layer.bias, tensors[f"{name}.bias"])
+    assert torch.equal(net.norm.weight, tensors["norm.weight"]) and [r.bits for r in made.layers] == [8.25] * 3
+    weights = {n: getattr(net, n).dense() for n in ("to_q", "to_k", "out")}
+    x = torch.randn(5, 128)
+    assert sqnr_db(expected(net, weights, x), net(x)) > (90 if source == "torchao" else 20)
+
+
+def tiles_of(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Matrix and scales in nunchaku's order, found by importing numbered positions."""
+    N, K = codes.shape
+    forward = lambda tensor: from_nunchaku(tensor, torch.ones(K // 64, N)).codes
+    place = torch.zeros(N, K, dtype=torch.long)  # of every code among the nibbles of the file
+    for bit in range((N * K).bit_length()):
+        ones = (torch.arange(N * K) >> bit & 1).view(N, K // 2, 2).to(torch.uint8)
+        place += (forward((ones[..., 0] | ones[..., 1] << 4).view(torch.int8)).long() & 1) << bit
+    flat = torch.zeros(N * K, dtype=torch.uint8)
+    flat[place.flatten()] = codes.flatten().view(torch.uint8) & 15
+    packed = (flat[::2] | flat[1::2] << 4).view(torch.int8).view(N, K // 2)
+    order = nunchaku_vector(torch.arange(128.0)).long()
+    stored = torch.zeros(N // 128, K // 64, 128)
+    stored[:, :, order] = scale.view(N // 128, 128, K // 64).transpose(1, 2)
+    return packed, stored.view(K // 64, N)
+
+
+def test_T23_files_of_nunchaku_are_imported_with_branch_and_smoothing(tmp_path):
+    torch.manual_seed(0)
+    net = Small()
+    codes, scale = torch.randint(-8, 8, (256, 128), dtype=torch.int8), torch.rand(256, 2) * 0.01 + 1e-3
+    qweight, wscales = tiles_of(codes, scale)
+    smooth, bias = torch.rand(128) + 0.5, torch.randn(256)
+    into = lambda values: torch.zeros_like(values).index_put((nunchaku_vector(torch.arange(float(len(values)))).long(),), values)  # fmt: skip
+    down, up = torch.randn(128, 16) * 0.1, torch.randn(256, 16) * 0.1
+    tensors = {
+        "qkv.qweight": qweight,
+        "qkv.wscales": wscales,
+        "qkv.smooth_factor": into(smooth),
+        "qkv.bias": into(bias),
+    }
+    tensors |= {"qkv.proj_down": down, "qkv.proj_up": up, "qkv.smooth_factor_orig": smooth}
+    tensors |= {"norm.weight": torch.rand(128), "norm.bias": torch.randn(128), "out.weight": torch.randn(64, 128)}
+    save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "m.safetensors")
+    rename = lambda name: ("to_q", "to_k") if name == "qkv" else name
+    import_weights(net, tmp_path / "m.safetensors", rename)
+    branch = nunchaku_low_rank(up, down=False) @ nunchaku_low_rank(down, down=True)
+    want = codes.float() * scale.repeat_interleave(64, 1) / smooth + branch
+    got = torch.cat((net.to_q.dense(), net.to_k.dense()))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(torch.cat((net.to_q.bias, net.to_k.bias)), bias)
+    assert torch.equal(net.to_q.codes().codes, codes[:128]) and type(net.out) is nn.Linear
+
+
+def test_T22_gguf_files_are_imported_exactly_and_can_be_saved(tmp_path):
+    net = Small()
+    tensors = {"to_q.weight": ("Q8_0", (128, 128), blocks("Q8_0", 512)), "to_k.weight": ("Q4_0", (128, 128), blocks("Q4_0", 512)), "out.weight": ("Q6_K", (64, 256), blocks("Q6_K", 64))}  # fmt: skip
+    net.out = nn.Linear(256, 64, bias=False)
+    tensors["to_q.weight"][2][:, 2:][tensors["to_q.weight"][2][:, 2:] == 128] = 129
+    floats = {"to_q.bias": 128, "to_k.bias": 128, "norm.weight": 128, "norm.bias": 128}
+    tensors |= {
+        n: ("F32", (c,), np.arange(c, dtype=np.float32).view(np.uint8).reshape(c, 4)) for n, c in floats.items()
+    }
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_file(tensors))
+    made = import_weights(net, path)
+    for name in ("to_q", "to_k", "out"):
+        kind, shape, raw = tensors[f"{name}.weight"]
+        want = decode(raw, KINDS[kind][1]).reshape(shape)
+        dense = net.get_submodule(name).codes().dequantize() if name != "out" else net.out.weight
+        assert np.array_equal(dense.detach().numpy(), want)
+    assert net.to_q.bias.tolist() == list(range(128)) and {r.scheme.weight.dtype for r in made.layers} == {
+        "int8",
+        "int4",
+    }
+    saved, _, settings = to_tensors(made)
+    again = Small()
+    again.out = nn.Linear(256, 64, bias=False)
+    from_tensors(again, settings, saved)
+    assert torch.equal(again.to_k.weight, net.to_k.weight)
+
+
+def test_files_that_do_not_fit_change_nothing(tmp_path):
+    net, path = Small(), tmp_path / "m.safetensors"
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    good = int8_tensors(net, (".weight", ".weight_scale"))
+    changed = lambda **parts: {n: t for n, t in (good | {k.replace("__", "."): v for k, v in parts.items()}).items() if t is not None}  # fmt: skip
+    for tensors, words in (
+        (changed(norm__bias=None), "norm.bias"),
+        (changed(norm__bias=torch.zeros(5)), "norm.bias"),
+        (changed(extra__weight=torch.zeros(5)), "no module 'extra'"),
+        (changed(out__weight_scale=torch.full((64,), torch.nan)), "finite positive"),
+        (changed(out__weight=torch.zeros(64, 64, dtype=torch.int8)), r"out must be \[64, 128\]"),
+        (changed(to_q__bias=None), "to_q.bias"),
+        ({"norm.weight": torch.zeros(128)}, "no quantized layers"),
+    ):
+        save_file(tensors, path)
+        with pytest.raises(CheckpointError, match=words):
+            import_weights(net, path)
+        assert all(torch.equal(before[n], t) for n, t in net.state_dict().items())
+    path.write_bytes(b"GGUF" + bytes(30))
+    with pytest.raises(CheckpointError, match="gguf"):
+        import_weights(net, path)

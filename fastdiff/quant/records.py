@@ -12,7 +12,9 @@ from fastdiff.quant.work import Work
 
 @dataclass
 class LayerRecord:
-    """What was done with one layer; `bits` counts scales, a spared layer has those of its dtype and no sqnr_db."""
+    """What was done with one layer; `bits` counts scales. A spared layer has the bits of its dtype and no sqnr_db, and an
+    imported one none either, as there is nothing to compare it with.
+    """
 
     name: str
     bits: float

@@ -29,7 +29,7 @@ def describe(made: Quantized) -> dict[str, Any]:
         "bytes_quantized_layers": weights,
         "layers_quantized": len(quantized),
         "layers_spared": len(made.layers) - len(quantized),
-        "sqnr_db": {r.name: round(min(r.sqnr_db, 200.0), 3) for r in quantized},
+        "sqnr_db": {r.name: round(min(r.sqnr_db, 200.0), 3) for r in quantized if r.sqnr_db is not None},
         "layers": layers,
         "calibration_sha256": made.calibration,
     }
