@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from bench.fashion_mnist import DEFAULT_FOLDER, load_split, to_unit_range
-from fastdiff.accelerate import accelerate
+from fastdiff import accelerate
 from fastdiff.images import grid, save_png
 from fastdiff.models.classifier import Classifier
 from fastdiff.models.load import LoadedModel, load_classifier, load_model

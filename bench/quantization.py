@@ -19,7 +19,7 @@ from bench.quality import features, frechet_distance, sample
 from bench.quantization_full_size import measure as measure_full_size
 from bench.quantization_table import BASELINES, markdown
 from bench.timing import interleave
-from fastdiff.accelerate import accelerate
+from fastdiff import accelerate
 from fastdiff.artefact import FolderStore, load, save, write_json
 from fastdiff.models.load import LoadedModel, load_classifier, load_model
 from fastdiff.quant.calibration import CalibrationSet

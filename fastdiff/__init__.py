@@ -1,91 +1,40 @@
-"""fastdiff: a kernel-backed sampling engine for diffusion and flow models."""
+"""fastdiff: a kernel-backed sampling engine for diffusion and flow models.
 
-from fastdiff.accelerate import Report, accelerate, report, undo
-from fastdiff.artefact import load, save
-from fastdiff.cache import Cache
-from fastdiff.carry import Carry, Hook
-from fastdiff.guidance import CFG
-from fastdiff.loop import NonFiniteError
-from fastdiff.ops import backend
-from fastdiff.pipeline import PipelineReport, as_fast
-from fastdiff.plan import Plan, RowSettings
-from fastdiff.process import (
-    VE,
-    Flow,
-    Level,
-    MeanReverting,
-    Process,
-    SubVP,
-    TrigFlow,
-    VPCosine,
-    VPDiscrete,
-    VPLinear,
-    convert,
-    discrete_alphas,
-)
-from fastdiff.quant import CalibrationSet, QuantConfig
-from fastdiff.quant.evaluate import evaluate
-from fastdiff.quantized import GateError, quantize
-from fastdiff.sampler import Cancelled, Sampler, Step
-from fastdiff.solvers import SOLVERS, Solver, SolverTable
-from fastdiff.solvers.adaptive import denoiser, solve_adaptive
-from fastdiff.solvers.from_scheduler import from_scheduler
-from fastdiff.steering import AdaptiveGuidance
+Importing it only defines names; each loads its module when it is first used.
+"""
+
+import ast
+import importlib
+from pathlib import Path
 
 __version__ = "0.1.0"
 
 
+def _modules() -> dict[str, str]:
+    """Public name -> module, from the imports of `__init__.pyi`, which type checkers read as well."""
+    tree = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    return {name.name: node.module for node in tree.body if isinstance(node, ast.ImportFrom) for name in node.names}
+
+
+_MODULES = _modules()
+
+
 def __getattr__(name: str) -> object:
-    """`FastdiffConfig` is made when it is asked for: it needs diffusers, and registers with it."""
-    if name == "FastdiffConfig":
-        from fastdiff.pipeline.quantizer import FastdiffConfig
+    """A public name, or a module of the package, on its first use."""
+    if name in _MODULES:
+        globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+        return globals()[name]
+    try:
+        return importlib.import_module(f"fastdiff.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"fastdiff.{name}":
+            raise
+        raise AttributeError(f"module 'fastdiff' has no attribute {name!r}") from None
 
-        return FastdiffConfig
-    raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
 
 
-__all__ = [
-    "CFG",
-    "SOLVERS",
-    "VE",
-    "AdaptiveGuidance",
-    "Cache",
-    "CalibrationSet",
-    "Cancelled",
-    "Carry",
-    "Flow",
-    "GateError",
-    "Hook",
-    "Level",
-    "MeanReverting",
-    "NonFiniteError",
-    "PipelineReport",
-    "Plan",
-    "Process",
-    "QuantConfig",
-    "Report",
-    "RowSettings",
-    "Sampler",
-    "Solver",
-    "SolverTable",
-    "Step",
-    "SubVP",
-    "TrigFlow",
-    "VPCosine",
-    "VPDiscrete",
-    "VPLinear",
-    "accelerate",
-    "as_fast",
-    "backend",
-    "convert",
-    "denoiser",
-    "discrete_alphas",
-    "evaluate",
-    "from_scheduler",
-    "load",
-    "quantize",
-    "report",
-    "save",
-    "solve_adaptive",
-    "undo",
-]
+# FastdiffConfig needs diffusers
+__all__ = sorted(_MODULES.keys() - {"FastdiffConfig"})

@@ -112,8 +112,31 @@ def test_no_hosts_and_no_paths_of_a_machine():
 
 def test_import_is_light():
     heavy = ("diffusers", "matplotlib", "PIL", "rich", "tqdm", "triton", "scipy", "transformers", "fastdiff._cpu")
-    code = f"import torch, sys; before = set(sys.modules); import fastdiff; print([m for m in {heavy} if m in set(sys.modules) - before])"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+    code = f"""import time, torch, sys
+before = set(sys.modules)
+begin = time.process_time()
+import fastdiff
+print(time.process_time() - begin, [m for m in sys.modules.keys() - before if m.startswith("fastdiff.")])
+every = [getattr(fastdiff, name) for name in fastdiff.__all__]
+print([m for m in {heavy} if m in sys.modules.keys() - before])"""
+    told, loaded = subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()
+    assert float(told.split()[0]) < 0.2 and told.split(maxsplit=1)[1] == "[]"
+    assert loaded == "[]", "every public name is there without what is heavy"
+
+
+def test_names_load_once_and_misspelt_ones_are_errors():
+    assert set(dir(fastdiff)) > set(fastdiff.__all__) and fastdiff.Sampler is fastdiff.sampler.Sampler
+    from fastdiff import acceleration
+
+    # no module may have the name of a function: loading it would put it in the function's place
+    names = set(fastdiff.__all__)
+    assert not [file for file in PACKAGE if file.parent.name == "fastdiff" and file.stem in names]
+    assert fastdiff.accelerate is acceleration.accelerate
+    with pytest.raises(AttributeError, match="no attribute 'samplr'"):
+        fastdiff.samplr  # noqa: B018
+    stub = ast.parse((ROOT / "fastdiff/__init__.pyi").read_text())
+    listed = next(node for node in stub.body if isinstance(node, ast.Assign)).value
+    assert sorted(ast.literal_eval(listed)) == sorted({*names, "FastdiffConfig"})
 
 
 def test_version_has_one_value():
@@ -143,7 +166,7 @@ def wheel(tmp_path_factory) -> Path:
 @pytest.mark.timeout(900)
 def test_wheel_from_the_source_distribution_works(wheel, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
-    for wanted in ("fastdiff/py.typed", "fastdiff/kernels/__init__.py"):
+    for wanted in ("fastdiff/py.typed", "fastdiff/__init__.pyi", "fastdiff/kernels/__init__.py"):
         assert wanted in names
     assert [n for n in names if n.startswith("fastdiff/_cpu") and n.endswith(".so")]
     assert not [n for n in names if n.startswith(("tests/", "bench/", "csrc/"))]

@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastdiff
-from fastdiff import ops
-from fastdiff.accelerate import accelerate, report, undo
+from fastdiff import accelerate, ops, report, undo
 from fastdiff.models.load import load_model
 from fastdiff.models.lower.coded_layers import CodedPacker, StepRanges
 from fastdiff.models.lower.record import MODES, Record, UnsupportedError

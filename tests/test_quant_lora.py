@@ -7,7 +7,7 @@ import torch
 from test_quant_layers import inputs, output, tiny_dit
 from torch import nn
 
-from fastdiff.accelerate import accelerate, report
+from fastdiff import accelerate, report
 from fastdiff.quant import quantize
 from fastdiff.quant.recipes import recipe_of
 

@@ -8,7 +8,7 @@ from test_quant_layers import tiny_dit, tiny_unet
 from torch import nn
 from torch.nn import functional as F
 
-from fastdiff.accelerate import accelerate, report
+from fastdiff import accelerate, report
 from fastdiff.models.embeddings import timestep_sinusoid
 from fastdiff.ops import native
 from fastdiff.quant.measures import to_bytes

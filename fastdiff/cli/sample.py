@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import fastdiff
-from fastdiff.accelerate import accelerate
+from fastdiff import accelerate
 from fastdiff.artefact import load
 from fastdiff.images import grid, save_png
 from fastdiff.models.load import LoadedModel
