@@ -43,7 +43,9 @@ def use(python: Path, diffusers: str) -> dict:
     pip(python, f"diffusers=={diffusers}", "transformers>=4.56", "sentencepiece", "safetensors")
     command = [python, "-W", "ignore", Path(__file__).with_name("environments_use.py")]
     with tempfile.TemporaryDirectory() as elsewhere:
-        done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)
+        # networks of a few thousand parameters only wait for a second thread
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=elsewhere, env=one_thread, capture_output=True, text=True)
     if done.returncode:
         return {"passed": False, "diffusers": diffusers, "error": (done.stderr or done.stdout)[-1500:]}
     return {"passed": True, **json.loads(done.stdout.splitlines()[-1])}
@@ -56,10 +58,11 @@ def main() -> int:
     )
     parser.add_argument("--torch", nargs="+", default=TORCH)
     parser.add_argument("--diffusers", nargs="+", default=DIFFUSERS)
+    parser.add_argument("--wheel", type=Path, help="do not build one, take this")
     args = parser.parse_args()
     folder = args.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    wheel, passed = build_wheel(folder), True
+    wheel, passed = args.wheel or build_wheel(folder), True
     for torch in args.torch:
         python = environment(folder, torch, wheel)
         for diffusers in args.diffusers:
