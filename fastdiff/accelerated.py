@@ -80,6 +80,9 @@ def install(
     """Puts a module on fused kernels, in place; `wrap` may put something around them. Nothing is changed where it raises."""
     check(module)
     remove(module)
+    own = getattr(module, "attention_precision", None)  # of a network that was quantized with its attention
+    if settings.attention is None and own is not None:
+        settings = dataclasses.replace(settings, attention=own)
     start = time.perf_counter()
     running, reason = _lowered(module, settings, calibration)
     if running is None:

@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from test_quant_layers import SPARED, inputs, output, tiny_dit
+from torch.nn import functional as F
 
-from fastdiff.quant.attention import attention_int8, probabilities_u8, smooth_keys
+import fastdiff
+from fastdiff.quant import QuantConfig, Scheme, TensorSpec, quantize
+from fastdiff.quant.attention import IntegerAttention, attention_int8, probabilities_u8, smooth_keys
 from fastdiff.quant.measures import sqnr_db
+from fastdiff.quant.state import from_tensors, to_tensors
 
 
 # measured on 64 rows of normal logits: the worst temperature is 2, at 38.0, 33.8 and 29.6 dB
@@ -48,3 +53,36 @@ def test_T58_spared_first_token_is_exact():
     assert sqnr_db(want, spared) >= sqnr_db(want, plain) and sqnr_db(want, spared) >= 30
     alone = attention_int8(q, k[:, :1], v[:, :1], 0.1, spared=1)  # only the spared token: its value itself
     assert torch.equal(alone, v[:, :1].expand(2, 6, 16))
+
+
+def test_a_network_is_quantized_with_its_attention():
+    net, data = tiny_dit(), inputs("dit")
+    config = QuantConfig(Scheme(TensorSpec("int8")), spared=SPARED)
+    quantize(net, config)
+    plain = output(net, data)
+    net = tiny_dit()
+    made = quantize(net, QuantConfig(config.default, spared=SPARED, attention="int8"), keep_originals=True)
+    got = output(net, data)
+    assert 30 < sqnr_db(plain, got) < 100 and not torch.overrides._get_current_function_mode_stack()
+    again = tiny_dit()
+    saved, _, settings = to_tensors(made)
+    from_tensors(again, settings, saved)
+    assert torch.equal(output(again, data), got)
+    fastdiff.accelerate(again, strict=True)  # takes the network's own precision over
+    assert sqnr_db(got, output(again, data)) > sqnr_db(plain, got) + 3
+    assert torch.equal(output(made.undo(), data), output(tiny_dit(), data)) and not hasattr(net, "attention_precision")
+
+
+def test_integer_attention_serves_what_the_op_can():
+    q, k, v = (torch.randn(2, 3, 20, 16) for _ in range(3))
+    mask = torch.rand(20, 20) > 0.3
+    for settings in ({}, {"attn_mask": mask}, {"is_causal": True}, {"scale": 0.1}):
+        want = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), **settings)
+        with IntegerAttention():
+            got = F.scaled_dot_product_attention(q, k, v, **settings)
+            own = (
+                F.scaled_dot_product_attention(q, k, v, dropout_p=0.5),
+                F.scaled_dot_product_attention(q[0], k[0], v[0]),
+            )
+        assert 30 < sqnr_db(want, got.double()) < 100
+        torch.testing.assert_close(own[1], F.scaled_dot_product_attention(q[0], k[0], v[0]))

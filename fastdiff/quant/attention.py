@@ -1,7 +1,13 @@
-"""References of attention on codes: unsigned probabilities relative to the row's maximum, smoothed keys, spared tokens."""
+"""Attention on codes: in a network, and references of its parts (probabilities relative to the row's maximum, smoothed keys,
+spared tokens).
+"""
 
 import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
+from fastdiff import ops
 from fastdiff.quant.activations import dynamic_codes
 
 Tensor = torch.Tensor
@@ -53,3 +59,62 @@ def attention_int8(q: Tensor, k: Tensor, v: Tensor, scale: float, spared: int = 
     if spared:
         out = out + codes[..., :spared].float() @ v[..., :spared, :].float()
     return out / sums
+
+
+class IntegerAttention(TorchFunctionMode):
+    """Computes scaled_dot_product_attention of [B, H, N, D] by ops.attention in int8, as long as it is entered.
+
+    What needs a gradient, dropout, or is called with other shapes stays torch's.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        served = func is F.scaled_dot_product_attention and _attend_int8(*args, **kwargs)
+        return served if isinstance(served, Tensor) else func(*args, **kwargs)
+
+
+class AttentionHandle:
+    """Keeps a network's attention on integers while it runs, until `remove`.
+
+    `attention_precision` of the network tells `fastdiff.accelerate`, whose kernels call ops.attention themselves.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self._net, self._entered = net, []
+        net.attention_precision = "int8"
+        self._hooks = (
+            net.register_forward_pre_hook(self._enter),
+            net.register_forward_hook(self._leave, always_call=True),
+        )
+
+    def remove(self) -> None:
+        """Gives the network its own attention back."""
+        for hook in self._hooks:
+            hook.remove()
+        del self._net.attention_precision
+
+    def _enter(self, *_: object) -> None:
+        self._entered.append(IntegerAttention().__enter__())
+
+    def _leave(self, *_: object) -> None:
+        self._entered.pop().__exit__(None, None, None)
+
+
+def _attend_int8(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """The result of the op, or None where it does not apply."""
+    if (
+        dropout_p
+        or query.dim() != 4
+        or key.shape != value.shape
+        or (query.shape[1] != key.shape[1] and not enable_gqa)
+    ):
+        return None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+        return None
+    if is_causal:
+        attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (t.transpose(1, 2).contiguous() for t in (query, key, value))
+    return ops.attention(q, k, v, attn_mask, None, scale, "int8").transpose(1, 2)

@@ -12,6 +12,7 @@ from fastdiff.quant.schemes import TRANSFORMS, Rounding, Scheme, TensorSpec, Tra
 VERSION = 1
 METHOD = "fastdiff"
 TEMPORAL_MODES = ("cache", "quantize", "auto", "off")
+ATTENTION = ("float", "int8")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class QuantConfig:
     spared     patterns of layers that stay as they are, before the overrides
     split_shortcuts  convolutions that read a concatenated input get ranges for either part
     correct_output   the predictable part of the noise is taken off the network's output (PTQD)
+    attention        `int8`: codes of queries, of keys less their mean and of values are multiplied; softmax stays in float32
     """
 
     default: Scheme | None
@@ -49,7 +51,11 @@ class QuantConfig:
     temporal: TemporalPolicy = TemporalPolicy()
     split_shortcuts: bool = False
     correct_output: bool = False
+    attention: str = "float"
     calibration: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        one_of("QuantConfig: attention", self.attention, ATTENTION)
 
     def spares(self, name: str) -> bool:
         """Whether the layer stays as it is whatever its kind."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastdiff.quant import observe
+from fastdiff.quant.attention import AttentionHandle
 from fastdiff.quant.build import restore_layer
 from fastdiff.quant.calibration import CalibrationSet
 from fastdiff.quant.config import QuantConfig
@@ -110,6 +111,8 @@ def quantize(
     made._originals = work.originals if keep_originals else {}
     if steps is not None:
         made._handles.append(steps.follow(net))
+    if config.attention == "int8":
+        made._handles.append(AttentionHandle(net))
     if before is not None:
         made._handles.append(fit_correction(before, predictions(net, data), data).attach(net))
     return made

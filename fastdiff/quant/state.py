@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdiff.quant.attention import AttentionHandle
 from fastdiff.quant.config import QuantConfig, decode, encode
 from fastdiff.quant.correction import NAME, EpsCorrection
 from fastdiff.quant.layer import qlayers
@@ -77,6 +78,8 @@ def from_tensors(net: nn.Module, settings: dict[str, Any], tensors: dict[str, Te
             raise ValueError(f"quantization_config: {name}.input_scale has not one value per entry of times")
     if steps is not None:
         steps.follow(net)
+    if config.attention == "int8":
+        AttentionHandle(net)
     if config.correct_output:
         _correction(tensors).attach(net)
     return steps
