@@ -86,6 +86,40 @@ def test_lora_is_loaded_scaled_swapped_fused_and_unloaded(name, tmp_path):
 
 
 @slow
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a16"])
+def test_lora_on_quantized_layers_is_fused_beside_the_codes(recipe, safe, tmp_path):
+    """Loaded, scaled, fused, unfused, swapped and unloaded: always the quantized layers' result and the exact product."""
+    tiny = TINY["SD1.5"]
+    first, second = _lora("SD1.5", tmp_path, 1), _lora("SD1.5", tmp_path, 2)
+    pipe = tiny.build()
+    call = one_call(pipe, tiny, rows=1)
+    untouched = _net(pipe, call)
+    fastdiff.accelerate(pipe, quant=recipe)
+    codes = {
+        key: value.clone() for key, value in pipe.unet.state_dict().items() if value.dtype in (torch.int8, torch.uint8)
+    }
+    plain = _net(pipe, call)
+    pipe.load_lora_weights(first, adapter_name="style")
+    loaded = _net(pipe, call)
+    pipe.fuse_lora(safe_fusing=safe)
+    fused = _net(pipe, call)
+    pipe.unfuse_lora()
+    assert _error(loaded, plain) > 1e-3 and _error(fused, loaded) < 2e-2 and torch.equal(_net(pipe, call), loaded)
+    pipe.fuse_lora(lora_scale=0.5)
+    half = _net(pipe, call)
+    pipe.unfuse_lora()
+    assert 1e-3 < _error(half, loaded) and _error(half, plain) > 1e-3
+    pipe.load_lora_weights(second, adapter_name="style", hotswap=True)
+    assert _error(_net(pipe, call), loaded) > 1e-3
+    pipe.unload_lora_weights()
+    assert torch.equal(_net(pipe, call), plain) and codes
+    assert all(torch.equal(pipe.unet.state_dict()[key], value) for key, value in codes.items())
+    fastdiff.undo(pipe)
+    assert torch.equal(_net(pipe, call), untouched)
+
+
+@slow
 @pytest.mark.parametrize("name", ["SD1.5", "DiT", "FLUX"])
 def test_compiled_denoisers_are_traced_whole(name):
     """torch.compile sees the module's own operations, not ours."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastdiff import accelerated
 from fastdiff.models.lower.record import Settings
-from fastdiff.pipeline import attention_backend
+from fastdiff.pipeline import attention_backend, fused_adapters
 from fastdiff.pipeline.drop_in_report import PipelineReport
 from fastdiff.pipeline.paired_calls import PairedCalls
 from fastdiff.pipeline.schedulers import as_fast
@@ -80,6 +80,7 @@ def install(
         for name, module in parts:
             if name in _DENOISERS and quant is not None:
                 done.quantized[name] = _quantize(module, quant)
+                fused_adapters.keep_codes(module)
             paired = None
             if name in _DENOISERS and guidance is not None:
                 paired = done.paired[name] = PairedCalls(module, guidance)
@@ -179,6 +180,7 @@ def _take_back(pipe: object, done: Installed) -> None:
     for module in done.modules.values():
         accelerated.remove(module)
     for made in done.quantized.values():
+        fused_adapters.release(made.net)
         made.undo()
     if done.scheduler is not None and pipe.scheduler is done.scheduler[1]:
         pipe.scheduler = done.scheduler[0]

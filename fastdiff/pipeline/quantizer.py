@@ -17,6 +17,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from fastdiff.models.checkpoint import load_checkpoint
+from fastdiff.pipeline.fused_adapters import keep_codes
 from fastdiff.quant.config import METHOD
 from fastdiff.quant.layer import qlayers
 from fastdiff.quant.quantize import quantize
@@ -99,6 +100,7 @@ class FastdiffQuantizer(DiffusersQuantizer):
             self.quantization_config = FastdiffConfig(config.recipe, config.spare, **to_tensors(made)[2])
             model.register_to_config(quantization_config=self.quantization_config)
         self._records = layer_records(model)
+        keep_codes(model)
         return model
 
     def get_state_dict_and_metadata(self, state_dict: dict, safe_serialization: bool = False) -> tuple[dict, dict]:
