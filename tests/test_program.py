@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastdiff.ops import gram, native
-from fastdiff.ops.memory import Arena, empty, use_arena
+from fastdiff.ops.memory import Arena, Shelf, empty, use_arena
 from fastdiff.program import NotCapturableError, Program
 
 pytestmark = pytest.mark.skipif(native.cpu() is None, reason=f"no native code: {native.cpu_missing()}")
@@ -127,3 +127,14 @@ def test_arena_serves_ops_inside_the_block_only():
     held = arena.nbytes
     empty((5000,), torch.float32)
     assert inside.shape == (1000,) and held == arena.nbytes >= 4000
+
+
+def test_shelf_keeps_tensors_apart_and_aligned():
+    shelf = Shelf()
+    originals = [torch.arange(n, dtype=dtype) for n in (5, 1, 300) for dtype in (torch.int8, torch.float32)]
+    kept = [shelf.keep(t) for t in originals]
+    large = shelf.keep(torch.ones(9 << 20))  # more than a region
+    for t, k in zip(originals, kept, strict=True):
+        assert torch.equal(t, k) and k.data_ptr() % 64 == 0 and k.data_ptr() != t.data_ptr()
+    del shelf
+    assert large.sum() == 9 << 20 and torch.equal(kept[-1], originals[-1])  # memory stays as long as what lies on it

@@ -16,6 +16,7 @@ from fastdiff.models.lower.coded_layers import CodedPacker, StepRanges
 from fastdiff.models.lower.record import MODES, Record, UnsupportedError
 from fastdiff.ops import native
 from fastdiff.ops.coded import Coded, CodedLinear, join, with_tail
+from fastdiff.ops.memory import Shelf
 from fastdiff.quant import QuantConfig, quantize
 from fastdiff.quant.build import build_layer
 from fastdiff.quant.calibration import CalibrationSet
@@ -137,7 +138,7 @@ def test_T12_offsets_are_exact_with_padding_and_segments(spec, channels, stride)
     layer = build_layer(conv, Scheme(spec, dataclasses.replace(ASYMMETRIC, per_step=False)))
     scale, zero = torch.tensor([0.013]), torch.tensor([41], dtype=torch.uint8)
     layer.set_input_range(scale, zero, None)
-    packer = CodedPacker(MODES["exact"], Record(), StepRanges())
+    packer = CodedPacker(MODES["exact"], Record(), StepRanges(), Shelf())
     fused = packer.conv("conv", layer, channels)
     x = torch.randn(2, 7, 6, 12)
     codes = ((x * (1 / scale)).round() + 41).clamp(0, 254).long() - 41
@@ -178,7 +179,7 @@ def test_convolutions_get_scales_that_kernels_take():
 
 
 def test_layers_over_one_input_must_agree():
-    packer = CodedPacker(MODES["exact"], Record(), StepRanges())
+    packer = CodedPacker(MODES["exact"], Record(), StepRanges(), Shelf())
     make = lambda scheme: build_layer(nn.Linear(32, 16), scheme)
     with pytest.raises(UnsupportedError, match="different ways"):
         packer.linear("qkv", make(Scheme(INT8, TOKEN)), make(Scheme(INT8)))

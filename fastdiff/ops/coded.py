@@ -18,6 +18,7 @@ from fastdiff.ops.linear_w4a8 import linear_w4a8
 from fastdiff.ops.linear_w4a16 import linear_w4a16
 from fastdiff.ops.linear_w8a8 import linear_w8a8
 from fastdiff.ops.linear_w8a16 import linear_w8a16
+from fastdiff.ops.memory import Shelf
 from fastdiff.ops.quantize_static import quantize_static
 from fastdiff.ops.scale_channels import scale_channels
 
@@ -127,6 +128,10 @@ class CodedLinear:
             packing.weight_sums(codes),
         )
 
+    def move(self, shelf: Shelf) -> None:
+        """Puts the packed weight on a shelf."""
+        self._weight = shelf.keep(self._weight)
+
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self._weight, self._scales, *(self._side or ())) if t is not None)
@@ -209,6 +214,10 @@ class CodedConv:
         weight, counts = torch.cat(parts, 1), tuple(part.shape[1] for part in parts)
         self._weight, self._sums = packing.pack_conv(weight, counts), packing.conv_weight_sums(weight, counts)
         self._scales = coded.scale[:, 0].contiguous()
+
+    def move(self, shelf: Shelf) -> None:
+        """Puts the packed weight on a shelf."""
+        self._weight = shelf.keep(self._weight)
 
     @property
     def nbytes(self) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 from fastdiff import ops
 from fastdiff.models.lower.record import Mode, Record, UnsupportedError
 from fastdiff.ops.coded import Coded, CodedConv, CodedLinear, Range, join, take
+from fastdiff.ops.memory import Shelf
 
 Tensor = torch.Tensor
 
@@ -200,8 +201,8 @@ class FusedUpsample:
 class CodedPacker:
     """Packs quantized layers for a mode, and notes what they run as."""
 
-    def __init__(self, mode: Mode, record: Record, ranges: StepRanges) -> None:
-        self._mode, self._record, self._ranges = mode, record, ranges
+    def __init__(self, mode: Mode, record: Record, ranges: StepRanges, shelf: Shelf) -> None:
+        self._mode, self._record, self._ranges, self._shelf = mode, record, ranges, shelf
 
     def linear(
         self, name: str, *layers: nn.Module, pairs: bool = False, once: bool = False
@@ -218,6 +219,7 @@ class CodedPacker:
         if pairs and coded.outputs % 32:
             raise UnsupportedError(f"{name} has {coded.outputs // 2} pairs, not a multiple of 16")
         product = CodedLinear(coded, self._mode.stream, pairs)
+        product.move(self._shelf)
         self._note(name, layers[0], product.nbytes)
         return FusedLinear(product, self._range(name, coded, layers, once))
 
@@ -239,6 +241,7 @@ class CodedPacker:
         segments = channels or (conv.in_channels,)
         padding = [conv.padding[0]] * 4 if padding is None else padding
         product = CodedConv(coded, self._mode.stream, segments, conv.stride[0], padding, upsample)
+        product.move(self._shelf)
         self._note(name, conv, product.nbytes)
         return FusedConv(product, self._range(name, coded, (conv,), False))
 

@@ -11,6 +11,7 @@ from fastdiff.models.lower.adapters import merged
 from fastdiff.models.lower.coded_layers import CodedPacker, StepRanges, is_coded
 from fastdiff.models.lower.observed import Observed, Observer, WatchedConv, segment_names
 from fastdiff.models.lower.record import Mode, Record, UnsupportedError
+from fastdiff.ops.memory import Shelf
 from fastdiff.ops.packing import conv_weight_sums, interleave, pack, pack_conv
 
 Tensor = torch.Tensor
@@ -110,7 +111,8 @@ class Packer:
         self._dry = dry
         self._observer, self._observed = observer, observed
         self.ranges = StepRanges()
-        self.coded = CodedPacker(mode, record, self.ranges)
+        self.shelf = Shelf()
+        self.coded = CodedPacker(mode, record, self.ranges, self.shelf)
 
     def linear(
         self, name: str, *linears: nn.Linear, pairs: bool = False, spare: str = "", precise: str = ""
@@ -204,9 +206,9 @@ class Packer:
         if self._dry:
             return weight[:0].to(form), None, None
         if form != torch.int8:
-            return arrange(weight.to(form)), None, None
+            return self.shelf.keep(arrange(weight.to(form))), None, None
         codes, scale = ops.quantize_rows(weight)  # 12 times torch's speed
-        return arrange(codes), scale, total(codes)
+        return self.shelf.keep(arrange(codes)), scale, total(codes)
 
     def give_up(self, *layers: nn.Module) -> None:
         """Frees the weights of packed layers, where the originals are not kept."""
