@@ -17,32 +17,11 @@ from fastdiff.images import grid, save_png
 from fastdiff.models.classifier import Classifier
 from fastdiff.models.load import LoadedModel, load_classifier, load_model
 from fastdiff.models.lower.record import MODES
+from fastdiff.quant.perceptual import frechet_distance
 from fastdiff.sampler import Sampler
 from fastdiff.solvers.compat import process_of
 
 Tensor = torch.Tensor
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Return the squared Frechet distance between the Gaussians of two feature sets (Heusel et al. 2017, eq. 6).
-
-    a, b  `[N, D]` and `[M, D]`, at least two rows each; computed in float64
-    """
-    if min(len(a), len(b)) < 2 or a.ndim != 2 or a.shape[1:] != b.shape[1:]:
-        shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
-        raise ValueError(f"frechet_distance: [N, D] and [M, D] with two rows or more expected, got {shapes}")
-    a, b = a.double(), b.double()
-    cov_a, cov_b = a.T.cov(), b.T.cov()
-    root = _sqrt(cov_a)
-    # the trace of sqrt(cov_a cov_b), from the symmetric matrix with the same eigenvalues
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
-    return max(float(distance), 0.0)
-
-
-def _sqrt(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 @torch.no_grad()

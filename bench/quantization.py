@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bench.fashion_mnist import DEFAULT_FOLDER, load_split, to_unit_range
-from bench.quality import features, frechet_distance, sample
+from bench.quality import features, sample
 from bench.quantization_full_size import measure as measure_full_size
 from bench.quantization_table import BASELINES, markdown
 from bench.timing import interleave
@@ -23,6 +23,7 @@ from fastdiff import accelerate
 from fastdiff.artefact import FolderStore, load, save, write_json
 from fastdiff.models.load import LoadedModel, load_classifier, load_model
 from fastdiff.quant.calibration import CalibrationSet
+from fastdiff.quant.perceptual import frechet_distance
 from fastdiff.quant.recipes import RECIPES, Recipe
 from fastdiff.quantized import calibrate, measure, quantize_model
 

@@ -15,7 +15,7 @@ from fastdiff.quant import quantize as quantize_network
 from fastdiff.quant.calibration import SETS, CalibrationSet
 from fastdiff.quant.config import encode
 from fastdiff.quant.correction import NAME, EpsCorrection, predictions
-from fastdiff.quant.evaluate import check_gate, evaluate, layer_sqnr_db
+from fastdiff.quant.evaluate import check_gate, evaluate, frechet, layer_sqnr_db
 from fastdiff.quant.measures import sqnr_db
 from fastdiff.quant.quantize import Store
 from fastdiff.quant.recipes import Calibration, Recipe, recipe_of
@@ -138,10 +138,13 @@ def measure(
     steps: int = 20,
     seed: int = 0,
     gate: dict[str, float] | None = None,
+    features: Callable[[Tensor], Tensor] | None = None,
+    real: Tensor | None = None,
 ) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
     """The report of `quantized` against `reference` from equal noise, and both sets of pictures.
 
-    made  what `quantize` returned, for the figures of the layers;  gate  lower bounds on figures of the report
+    made      what `quantize` returned, for the figures of the layers;  gate  lower bounds on figures of the report
+    features  pictures to [B, D], for Frechet distances;  real  pictures that they are to, else the original's
     """
     begin = time.perf_counter()
     shape = (samples, reference.channels, reference.size, reference.size)
@@ -150,6 +153,7 @@ def measure(
     images = report.pop("images")
     report |= {"model": quantized.name, "reference": reference.name, "samples": samples, "solver": solver}
     report |= {"sampling_steps": steps, "seed": seed, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    report |= {} if features is None else frechet(images, features, real)
     report["bytes_reference"] = _bytes(reference.net)
     report["bytes"] = _bytes(quantized.net)
     if made is not None:

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from bench import train
-from bench.quality import agreement, features, frechet_distance, quality, sample
+from bench.quality import agreement, features, quality, sample
 from fastdiff.models.dit import DiT, DiTConfig
 from fastdiff.models.embeddings import grid_sinusoid, timestep_sinusoid
 from fastdiff.models.load import BUNDLED, load_classifier, load_model
 from fastdiff.models.unet import UNet, UNetConfig
+from fastdiff.quant.perceptual import frechet_distance
 
 DITS = {
     "bundled": {"num_attention_heads": 6, "attention_head_dim": 32, "num_layers": 3, "patch_size": 4},

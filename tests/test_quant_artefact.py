@@ -21,6 +21,7 @@ from fastdiff.quant.calibration import CalibrationSet, all_steps, ndtc, ndtc_tim
 from fastdiff.quant.config import QuantConfig
 from fastdiff.quant.evaluate import check_gate, evaluate
 from fastdiff.quant.layer import qlayers
+from fastdiff.quant.perceptual import frechet_distance
 from fastdiff.quant.recipes import RECIPES, Calibration, Recipe, recipe_of
 from fastdiff.quant.schemes import Scheme, TensorSpec
 from fastdiff.quantized import GateError, calibrate, measure, quantize, quantize_model, sampler_of
@@ -192,6 +193,36 @@ def test_evaluate_measures_what_it_says():
         check_gate(found, {"beauty": 1})
 
 
+class Lpips:
+    """Stands for the package, whose weights come from the network."""
+
+    @staticmethod
+    def LPIPS(net: str, verbose: bool) -> torch.nn.Module:
+        class Distance(torch.nn.Module):
+            def forward(self, a, b):
+                assert a.shape[1] == 3 and min(a.shape[-2:]) >= 64
+                return (a - b).abs().mean((1, 2, 3), keepdim=True)
+
+        return Distance()
+
+
+def test_reports_have_lpips_and_frechet_where_they_can(monkeypatch):
+    reference = model("dit")
+    other = dataclasses.replace(reference, net=copy.deepcopy(reference.net))
+    other.net.proj_out_2.weight.data *= 1.1
+    real = torch.randn(6, 1, 8, 8)
+    features = lambda images: images.flatten(1)[:, :5]
+    monkeypatch.setitem(sys.modules, "lpips", Lpips)
+    report, images = measure(reference, other, samples=4, steps=2, features=features, real=real)
+    apart = [float((a.clamp(-1, 1) - b.clamp(-1, 1)).abs().mean()) for a, b in [images]]
+    assert report["lpips"] == report["steps"][-1]["lpips"] == pytest.approx(apart[0], abs=1e-5) and apart[0] > 0
+    for key, part in (("frechet", images[1]), ("frechet_reference", images[0])):
+        assert report[key] == pytest.approx(frechet_distance(features(part), features(real)), rel=1e-4)
+    monkeypatch.setitem(sys.modules, "lpips", None)  # not installed
+    report, _ = measure(reference, other, samples=4, steps=2, features=features)
+    assert "lpips" not in report and report["frechet"] > 0 and "frechet_reference" not in report
+
+
 def test_measure_names_the_worst_layer():
     reference = model("dit")
     other = dataclasses.replace(reference, net=copy.deepcopy(reference.net))
@@ -229,6 +260,20 @@ def test_command_line_quantizes_compares_and_gates(tmp_path, capsys):
     page = (out / "report.md").read_text()
     assert "## Worst layers" in page and "transformer_blocks.0" in page and (out / "grid.png").stat().st_size > 100
     capsys.readouterr()
+    failing = [
+        "quantize",
+        "bundled:dit",
+        "--recipe",
+        "w8a16",
+        "-o",
+        str(tmp_path / "bad"),
+        *small,
+        "--gate",
+        "psnr_db=190",
+    ]
+    assert main(failing) == 1
+    spare = json.loads((tmp_path / "bad/report.json").read_text())["spare"]
+    assert spare in report["layers"] and f"spare {spare} first" in capsys.readouterr().out
     assert main(["compare", "bundled:dit", str(out), *small, "--json", "--gate", "psnr_db=190"]) == 1
     compared = json.loads(capsys.readouterr().out)
     assert compared["psnr_db"] == report["psnr_db"] and "below 190" in compared["failures"][0]

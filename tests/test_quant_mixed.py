@@ -29,7 +29,12 @@ def test_sensitivity_measures_one_layer_at_a_time():
     assert len(costs) == 12 and all(
         c["w4"].noise > c["w8"].noise and c["w4"].nbytes < c["w8"].nbytes for c in costs.values()
     )
+    assert all(cost.ms > 0 for layer in costs.values() for cost in layer.values())
     name = "transformer_blocks.1.ff.net.2"
+    own = sensitivity(net, QuantConfig(None, ((f"^{name}$", CANDIDATES["w8"]),)), {"own": None}, few)
+    assert own == {
+        name: {"own": Cost(0.0, sum(p.nbytes for p in net.get_submodule(name).parameters()), own[name]["own"].ms)}
+    }
     alone = tiny_dit()
     quantize(alone, mix(QuantConfig(None, spared=SPARED), CANDIDATES, {name: "w4"}))
     want, got = output(tiny_dit(), few), output(alone, few)
@@ -49,6 +54,14 @@ def test_budget_is_kept_and_well_spent():
     assert spend(costs, 175) == {"a": "w8", "b": "w4", "c": "w4"}
     with pytest.raises(ValueError, match="smallest candidates take 120"):
         spend(costs, 119)
+    slow = {
+        "a": {"w8": Cost(0.0, 9, 4.0), "own": Cost(0.3, 9, 1.0)},
+        "b": {"w8": Cost(0.0, 9, 2.0), "w4": Cost(0.4, 5, 1.5)},
+    }
+    assert spend(slow, 6, of="ms") == {"a": "w8", "b": "w8"} and spend(slow, 3, of="ms") == {"a": "own", "b": "w8"}
+    assert spend(slow, 2.5, of="ms") == {"a": "own", "b": "w4"}
+    with pytest.raises(ValueError, match="of must be one of nbytes, ms"):
+        spend(slow, 3, of="bits")
 
 
 def test_mixed_beats_the_average_choice_of_equal_size():

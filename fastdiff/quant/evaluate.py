@@ -1,7 +1,7 @@
 """evaluate(): how far a quantized network's predictions, trajectories and pictures are from the original's."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 
 from fastdiff.quant.calibration import trajectories
 from fastdiff.quant.measures import psnr_db, sqnr_db, ssim
+from fastdiff.quant.perceptual import frechet_distance, lpips_distance
 from fastdiff.quant.steps import StepContext
 
 Tensor = torch.Tensor
@@ -26,7 +27,8 @@ def evaluate(
 
     Returns JSON values: `psnr_db` and `ssim` of the final pictures, mean over samples; `noise_sqnr_db` per step, of the
     network's outputs on the original's trajectory; `steps`, the divergence of the free-running trajectories; `ms`, the
-    time of one network call of B rows for either; and the pictures themselves under `images` (not JSON).
+    time of one network call of B rows for either; and the pictures themselves under `images` (not JSON). Where the package
+    lpips is installed, pictures and steps have `lpips`.
     """
     inputs = trajectories(reference, shape, seed=seed, **settings)
     noise, times = [], [float(t) for t in inputs.times]
@@ -34,14 +36,14 @@ def evaluate(
         for t in inputs.times:
             x, time_, cond = inputs.rows(inputs.t == t)
             noise.append(_finite(sqnr_db(reference.net(x, time_, **cond), quantized.net(x, time_, **cond))))
-    steps, images = [], None
+    steps, images, lpips = [], None, lpips_distance()
     runs = (sampler.step(shape, seed=seed, **settings) for sampler in (reference, quantized))
     for a, b in zip(*runs, strict=True):
         images = (a.x, b.x)
-        steps.append(
-            {"psnr_db": _mean(psnr_db(*images)), "ssim": _ssim(*images), "sqnr_db": _finite(sqnr_db(*images))}
-        )
+        step = {"psnr_db": _mean(psnr_db(*images)), "ssim": _ssim(*images), "sqnr_db": _finite(sqnr_db(*images))}
+        steps.append(step | ({} if lpips is None else {"lpips": round(lpips(*images), 5)}))
     return {
+        **({} if lpips is None else {"lpips": steps[-1]["lpips"]}),
         "psnr_db": steps[-1]["psnr_db"],
         "ssim": steps[-1]["ssim"],
         "noise_sqnr_db": noise,
@@ -82,6 +84,21 @@ def layer_sqnr_db(
             handle.remove()
     ratio = lambda signal, noise: 10 * float(torch.log10(torch.tensor(signal / noise))) if noise else float("inf")
     return {name: _finite(ratio(*total)) for name, total in sums.items()}
+
+
+def frechet(
+    images: tuple[Tensor, Tensor], features: Callable[[Tensor], Tensor], real: Tensor | None = None
+) -> dict[str, float]:
+    """Frechet distances of pictures of the original and of the quantized network.
+
+    features  pictures [B, C, H, W] in [-1, 1] to [B, D];  real  pictures that both are compared with; without them the
+    quantized network's are compared with the original's
+    """
+    with torch.no_grad():
+        original, quantized = (features(part) for part in images)
+        target = original if real is None else features(real)
+    found = {"frechet": round(frechet_distance(quantized, target), 4)}
+    return found if real is None else found | {"frechet_reference": round(frechet_distance(original, target), 4)}
 
 
 def check_gate(result: dict[str, Any], gate: dict[str, float]) -> list[str]:

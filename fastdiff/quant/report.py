@@ -61,12 +61,12 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         lines += ["", "## Worst layers", "", *_table(("layer", "bits", "weight SQNR dB", "output SQNR dB"), rows)]
     if report.get("steps"):
         rows = [
-            (str(i), _show(t), _show(noise), _show(step["psnr_db"]), _show(step["ssim"]))
+            (str(i), _show(t), _show(noise), _show(step["psnr_db"]), _show(step["ssim"]), _show(step.get("lpips")))
             for i, (t, noise, step) in enumerate(
                 zip(report["times"], report["noise_sqnr_db"], report["steps"], strict=False)
             )
         ]
-        head = ("step", "time", "output SQNR dB", "trajectory PSNR dB", "SSIM")
+        head = ("step", "time", "output SQNR dB", "trajectory PSNR dB", "SSIM", "LPIPS")
         lines += ["", "## Divergence by step", "", *_table(head, rows)]
     spared = [(f"`{n}`", layer["note"]) for n, layer in report.get("layers", {}).items() if layer["weight"] is None]
     if spared:
@@ -75,7 +75,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
 
 
 _FIGURES = (
-    *("psnr_db", "ssim", "noise_sqnr_db_min", "frechet", "frechet_reference", "bytes", "bytes_reference"),
+    *("psnr_db", "ssim", "lpips", "noise_sqnr_db_min", "frechet", "frechet_reference", "bytes", "bytes_reference"),
     *("layers_quantized", "layers_spared", "ms", "samples", "solver", "sampling_steps", "seed", "seconds"),
     *("calibration", "calibration_sha256"),
 )
