@@ -7,6 +7,7 @@ from scipy import stats
 
 from fastdiff.process import VE, Flow, TrigFlow, VPCosine, VPDiscrete, VPLinear, discrete_alphas
 from fastdiff.solvers.spacing import SPACINGS, levels, levels_of_sigmas
+from fastdiff.solvers.spacing_tables import AYS
 
 SD = VPDiscrete(alphas_cumprod=discrete_alphas("scaled_linear", 0.00085, 0.012))
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -47,6 +48,15 @@ def test_align_your_steps():
     assert svd[0] == pytest.approx(700.0) and svd[9] == pytest.approx(0.034)
     with pytest.raises(ValueError, match="sd1, sdxl, svd"):
         levels(SD, 10, "ays", table="sd3")
+
+
+def test_align_your_steps_are_the_levels_of_the_published_times():
+    schedules = diffusers.schedulers.AysSchedules
+    for table, name in (("sd1", "StableDiffusionTimesteps"), ("sdxl", "StableDiffusionXLTimesteps")):
+        published = [level.kappa for level in SD.levels(np.array(schedules[name], dtype=np.float64))]
+        # the table has four decimals
+        np.testing.assert_allclose(AYS[table][:10], published, rtol=3e-4)
+    assert list(AYS["svd"][:10]) == schedules["StableDiffusionVideoSigmas"][:10]
 
 
 def test_uniform_lambda_and_exponential_are_geometric_in_kappa():
