@@ -257,6 +257,9 @@ def test_first_matching_pattern_decides():
         (lambda: TensorSpec("int8", range="signed"), "signed"),
         (lambda: Rotate(128), "power of 4"),
         (lambda: Scheme(TensorSpec("int8", "token")), "per channel or group"),
+        (lambda: Scheme(TensorSpec("int8"), TensorSpec("int8", "channel")), "per channel"),
+        (lambda: Scheme(TensorSpec("int8"), TensorSpec("int8", "tensor", dynamic=True)), "token or group"),
+        (lambda: Scheme(TensorSpec("int8"), TensorSpec("nf4", "token", dynamic=True)), "cannot be in nf4"),
         (lambda: quantize(torch.zeros(2, 30), group("int4", 16)), "groups of 16"),
     ],
 )

@@ -158,8 +158,8 @@ class Scheme:
             raise ValueError(f"Scheme: weights are scaled per channel or group, got {self.weight.granularity!r}")
         if self.weight.dynamic or self.weight.per_step:
             raise ValueError("Scheme: weights have one static range; unset dynamic and per_step")
-        if self.input is not None and self.input.granularity == "channel":
-            raise ValueError("Scheme: activations cannot be scaled per channel inside a product; use token or tensor")
+        if self.input is not None:
+            _check_input(self.input)
         rotated = any(isinstance(t, Rotate) for t in self.transforms)
         if rotated and any(isinstance(t, LowRank) for t in self.transforms):
             raise ValueError("Scheme: a low-rank branch is not fitted to a rotated weight; use Smooth with LowRank")
@@ -191,3 +191,15 @@ class Scheme:
     def needs_data(self) -> bool:
         """Whether quantizing a layer this way needs calibration inputs."""
         return self.static_input or self.rounding.kind != "rtn" or self.transform(Smooth) is not None
+
+
+def _check_input(spec: TensorSpec) -> None:
+    """Raises ValueError for ranges that activations cannot have."""
+    if spec.granularity == "channel":
+        raise ValueError("Scheme: activations cannot be scaled per channel inside a product; use token or tensor")
+    if spec.dynamic and spec.granularity not in ("token", "group"):
+        raise ValueError(f"Scheme: dynamic activations are scaled per token or group, got {spec.granularity!r}")
+    if spec.dtype in ("nf4", "mxfp4") or (spec.dtype == "nvfp4" and not spec.dynamic):
+        raise ValueError(
+            f"Scheme: activations cannot be in {spec.dtype} with these ranges; use int8, fp8_e4m3 or dynamic nvfp4"
+        )

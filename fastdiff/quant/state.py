@@ -125,6 +125,9 @@ def _check_sizes(name: str, layer: nn.Module, scheme: Scheme, tensors: dict[str,
                 f"quantization_config: split_input of {name} must be inside its {layer.weight.shape[1]} inputs"
             )
         parts = {f"{name}.first": cut, f"{name}.second": layer.weight.shape[1] - cut}
+    group = scheme.input.group_size if scheme.input is not None else None
+    if group is not None and (isinstance(layer, nn.Conv2d) or any(k % group for k in parts.values())):
+        raise ValueError(f"quantization_config: the inputs of {name} cannot be cut into groups of {group}")
     for part, channels in parts.items():
         inner = layer.weight[0, 0].numel()
         k = channels * inner
