@@ -128,6 +128,9 @@ FASTDIFF_ALWAYS bool is_plain(const Epilogue& e, int64_t panel) {
   return !e.shift && (panel + kUnit) * 16 <= e.columns * (takes_pairs(e.activation) ? 2 : 1);
 }
 
+// Brings the line at an address here to be written.
+FASTDIFF_ALWAYS void own_line(const char* at) { asm volatile("prefetchw %0" : : "m"(*at)); }
+
 // The epilogue of rows of a unit, a vector of the result with every next(): start() says where sums of how many further
 // rows lie. All that it needs lies in memory, so that it can run beside the products of the next tile.
 template <int A, int T>
@@ -135,6 +138,7 @@ struct RowWriter {
   const float *sums, *row_scale, *column_scale, *bias;
   const char *gate = nullptr, *residual = nullptr;
   char* out;
+  int64_t ahead = 0;                                                       // rows that prefetches are ahead of writing
   int64_t ld, row_scale_stride, gate_stride, residual_stride, out_stride;  // all but the first two in bytes
   int64_t rows_per_gate, gate_left;                                       // rows until the next gate
   int64_t column = 0, left = 0;                                           // rows
@@ -171,6 +175,18 @@ struct RowWriter {
 
   __attribute__((always_inline)) bool more() const { return left > 0; }
 
+  // Of the row that is `rows` further on: what is added to it, and its place, which other threads may hold.
+  __attribute__((always_inline)) void prefetch(int64_t rows) const {
+    constexpr int kWidth = (takes_pairs(A) ? 16 : 32) * size_of(T);
+    const char* const to = out + rows * out_stride;
+    own_line(to);
+    if constexpr (kWidth > 64) own_line(to + 64);
+    if (!residual) return;
+    const char* const from = residual + rows * residual_stride;
+    _mm_prefetch(from, _MM_HINT_T0);
+    _mm_prefetch(from + 64, _MM_HINT_T0);
+  }
+
   __attribute__((always_inline)) F32 scaled(int64_t at) const {
     return load<F32>(sums + at) * *row_scale * load<F32>(column_scale + at) + load<F32>(bias + at);
   }
@@ -202,12 +218,8 @@ struct RowWriter {
       gate += gate_stride;
       gate_left = rows_per_gate;
     }
-    if (residual) {
-      residual += residual_stride;
-      const char* const later = residual + kMaxTileRows * residual_stride;  // about when the next tile is written
-      _mm_prefetch(later, _MM_HINT_T0);
-      _mm_prefetch(later + 64, _MM_HINT_T0);
-    }
+    if (residual) residual += residual_stride;
+    prefetch(ahead);
     --left;
   }
 };
@@ -219,6 +231,7 @@ static __attribute__((noinline)) void write_tile_as(const Epilogue& e, const flo
   for (; p + kUnit <= panels && is_plain(e, panel + p); p += kUnit) {
     RowWriter<A, T> writer(e, row, panel + p, ld);
     writer.start(sums + p * 16, rows);
+    writer.ahead = rows - 1;
     while (writer.more()) writer.next();
   }
   if (p == panels) return;

@@ -36,7 +36,7 @@ static void multiply_expanded(const Linear& a, const Rows& rows, const Epilogue&
   constexpr int kWidth = kUnit * kPanel, kSteps = kPiece / kTakes<Kind>;
   const int64_t packed = (a.inner + Format::kPerRow - 1) / Format::kPerRow, pieces = pieces_of(a);
   WriteTile* const write = tile_writer(e);
-  for_blocks(a, a.inner * 4 / kTakes<Kind>, [&](const Block& b) {
+  for_blocks(a, row_blocks(a.rows, a.inner * 4 / kTakes<Kind>), [&](const Block& b) {
     alignas(64) char expanded[kUnit * kSteps * kStep];
     alignas(64) float sums[kBlockRows * kWidth], scale[kWidth];
     alignas(64) const int32_t zeros[kWidth] = {};

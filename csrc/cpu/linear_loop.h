@@ -8,6 +8,7 @@ namespace FASTDIFF_ISA {
 
 constexpr int64_t kBlockBytes = 768 << 10;      // of rows: what stays in 1 MB of L2 beside panels
 constexpr int64_t kBlockRows = 256;
+constexpr int64_t kOwnRows = 32;                // of a block, for which its panels may be read by every thread
 constexpr int64_t kSerialProducts = 1 << 17;    // that one thread multiplies in the time two need to start
 
 FASTDIFF_ALWAYS int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -17,13 +18,25 @@ struct Block {
   int panels;
 };
 
+// How many blocks rows of so many bytes make.
+static inline int64_t row_blocks(int64_t rows, int64_t row_bytes) {
+  const int64_t most = row_bytes > 0 ? kBlockBytes / row_bytes : kBlockRows;
+  return (rows - 1) / (most < 28 ? 28 : least(most, kBlockRows)) + 1;
+}
+
+// The same number for every thread, where they have the rows for it: norms before and after the product, which share
+// their rows out too, then find them in the cache of their own core.
+static inline int64_t even_row_blocks(int64_t rows, int64_t row_bytes) {
+  const int64_t blocks = row_blocks(rows, row_bytes), threads = parallel_threads();
+  const int64_t even = (blocks + threads - 1) / threads * threads;
+  return rows >= even * kOwnRows ? even : blocks;
+}
+
 // Calls run(Block) for every block of rows and every unit of panels. Threads take neighbouring units.
 template <class Run>
-static void for_blocks(const Linear& a, int64_t row_bytes, Run run) {
+static void for_blocks(const Linear& a, int64_t blocks, Run run) {
   if (a.rows <= 0 || a.epilogue.columns <= 0) return;
-  int64_t most = row_bytes > 0 ? kBlockBytes / row_bytes : kBlockRows;
-  most = most < 28 ? 28 : least(most, kBlockRows);
-  const int64_t blocks = (a.rows + most - 1) / most, units = (a.panels + kUnit - 1) / kUnit;
+  const int64_t units = (a.panels + kUnit - 1) / kUnit;
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / units, first = a.rows * b / blocks, panel = task % units * kUnit;
@@ -92,6 +105,9 @@ static void multiply_block_beside(const Rows& rows, const Epilogue& e, const Blo
   alignas(64) float sums[2][kBesideRows * kUnit * kPanel];
   const int64_t tiles = (b.rows + kBesideRows - 1) / kBesideRows;
   Beside<RowWriter<A, T>> beside{{e, b.row, b.panel, kUnit * kPanel}, p.data + kUnit * p.stride, (kUnit * kStep - 1) / tiles + 1};
+  const int64_t height = (b.rows + tiles - 1) / tiles;
+  for (int64_t row = 0; row < height; ++row) beside.writer.prefetch(row);
+  beside.writer.ahead = height - 1;  // of the row that follows the one just written
   int side = 0;
   for_tiles<kBesideRows>(b.rows, [&](int64_t row, int count) {
     const Rows tile{rows.base + (b.row + row) * rows.stride, rows.stride};
@@ -100,6 +116,7 @@ static void multiply_block_beside(const Rows& rows, const Epilogue& e, const Blo
     if (count == kBesideRows - 2) multiply_beside<Kind, kBesideRows - 2>(tile, p, sums[side], beside);
     side ^= 1;
   });
+  beside.writer.ahead = 0;
   beside.finish();
 }
 
@@ -131,7 +148,7 @@ struct BlockMultiplier {
 template <class Kind>
 static void multiply_direct(const Linear& a, const Rows& rows, int64_t steps, const Epilogue& e) {
   auto* const multiply_one = choose<BlockMultiplier<Kind>>(e);
-  for_blocks(a, steps * 4, [&](const Block& b) {
+  for_blocks(a, even_row_blocks(a.rows, steps * 4), [&](const Block& b) {
     alignas(64) int32_t first[kUnit * kPanel];
     begin_sums(first, a, b.panel);
     multiply_one(rows, e, b, {(const char*)a.weight + b.panel * steps * kStep, steps, steps * kStep, first, 0, nullptr});

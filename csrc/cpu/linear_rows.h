@@ -9,7 +9,7 @@
 namespace fastdiff {
 namespace FASTDIFF_ISA {
 
-constexpr int64_t kSerialElements = 1 << 15;  // that one thread converts in the time two need to start
+constexpr int64_t kSerialElements = 1 << 13;  // that one thread converts in the time two need to start
 
 // an odd number of cache lines, so that rows do not fall into one set of a cache
 FASTDIFF_ALWAYS int64_t scratch_stride(int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }

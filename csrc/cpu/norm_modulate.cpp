@@ -140,7 +140,7 @@ static void run_rows(const NormModulate& t, const Affines& affines) {
     }
     _mm_sfence();
   };
-  parallel_for(t.batch * t.tokens, total < kSerial, body);
+  parallel_for(t.batch * t.tokens, total < kSerial / 8, body);
 }
 
 void norm_modulate(const NormModulate& t) {

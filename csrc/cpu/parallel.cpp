@@ -63,14 +63,19 @@ void work(void* data) {
 
 void parallel(int64_t tasks, bool serial, void (*run)(void*, int64_t, int64_t), void* context) {
   if (tasks <= 0) return;
-  const Runtime& openmp = runtime();
-  if (serial || tasks == 1 || forked || openmp.parallel == nullptr || openmp.limit() == 1) {
+  const int64_t threads = serial || tasks == 1 ? 1 : parallel_threads();
+  if (threads == 1) {
     run(context, 0, tasks);
     return;
   }
   // always torch's full team: a team of another size would make the runtime end and start threads
   Job job{run, context, tasks};
-  openmp.parallel(work, &job, unsigned(openmp.limit()), 0);
+  runtime().parallel(work, &job, unsigned(threads), 0);
+}
+
+int64_t parallel_threads() {
+  const Runtime& openmp = runtime();
+  return forked || openmp.parallel == nullptr ? 1 : openmp.limit();
 }
 
 const char* parallel_runtime() { return runtime().name; }

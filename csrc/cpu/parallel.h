@@ -8,6 +8,9 @@ namespace fastdiff {
 // and thread count; one thread when `serial`, in a forked child, or where torch has no OpenMP. `run` must not throw.
 void parallel(int64_t tasks, bool serial, void (*run)(void* context, int64_t begin, int64_t end), void* context);
 
+// How many ranges parallel() makes of many tasks.
+int64_t parallel_threads();
+
 // Where the threads come from: "torch's OpenMP", "OpenMP" or "one thread".
 const char* parallel_runtime();
 
