@@ -161,7 +161,8 @@ def check(module: nn.Module) -> None:
         raise TypeError(f"accelerate: a torch module expected, got {type(module).__name__}")
     devices = {p.device.type for p in module.parameters()}
     if devices - {"cpu"}:
-        raise ValueError(f"accelerate: the module must be on the cpu, got {', '.join(sorted(devices))}")
+        hint = "; accelerate it before its weights are offloaded" if "meta" in devices else ""
+        raise ValueError(f"accelerate: the module must be on the cpu, got {', '.join(sorted(devices))}{hint}")
     if native.cpu() is None:
         raise RuntimeError(f"accelerate: {native.cpu_missing()}")
 

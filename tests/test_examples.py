@@ -54,6 +54,16 @@ def _pipeline():
     return TINY["SD1.5"].build()
 
 
+def _adapter(pipe, path: Path) -> None:
+    """Saves a LoRA for the cross-attention of a pipeline's network."""
+    from safetensors.torch import save_file
+
+    layers = {name: layer for name, layer in pipe.unet.named_modules() if name.endswith("attn2.to_q")}
+    down = {f"unet.{name}.lora_A.weight": torch.ones(2, layer.in_features) for name, layer in layers.items()}
+    up = {f"unet.{name}.lora_B.weight": torch.ones(layer.out_features, 2) for name, layer in layers.items()}
+    save_file(down | up, path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
 def test_snippet_of_the_readme_runs(number, tmp_path, monkeypatch):
@@ -73,6 +83,7 @@ def test_snippet_of_the_readme_runs(number, tmp_path, monkeypatch):
     }
     if "pipe" in code:
         names["pipe"] = _pipeline()
+        _adapter(names["pipe"], tmp_path / "style.safetensors")
     exec(compile(code, f"README.md, snippet {number + 1}", "exec"), names)
 
 

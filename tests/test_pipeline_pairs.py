@@ -215,6 +215,26 @@ def test_hooks_of_others_go_on_working(name, hook, first, tmp_path):
 
 
 @slow
+@pytest.mark.parametrize("keeps_weights", [False, True])
+def test_offloading_by_accelerate(keeps_weights):
+    """Weights that are away between calls cannot be packed; those that only move can."""
+    offload = pytest.importorskip("accelerate")
+    tiny, cpu = TINY["DiT"], torch.device("cpu")
+    pipe = tiny.build()
+    call = one_call(pipe, tiny, rows=1)
+    expected = _net(pipe, call)
+    fastdiff.accelerate(pipe)
+    (offload.cpu_offload_with_hook if keeps_weights else offload.cpu_offload)(pipe.transformer, execution_device=cpu)
+    assert _error(_net(pipe, call), expected) < EXACT and _error(_net(pipe, call), expected) < EXACT
+    assert ("fused" in _part(pipe).calls) == keeps_weights
+    fastdiff.undo(pipe)
+    assert torch.equal(_net(pipe, call), expected)
+    if not keeps_weights:
+        with pytest.raises(ValueError, match="got meta; accelerate it before its weights are offloaded"):
+            fastdiff.accelerate(pipe)
+
+
+@slow
 @pytest.mark.parametrize("switch", ["tiling", "slicing"])
 @pytest.mark.parametrize("name", ["SD1.5", "FLUX", "Wan"])
 def test_vae_tiling_and_slicing(name, switch):
