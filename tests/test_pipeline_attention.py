@@ -84,6 +84,29 @@ def test_a_processor_leaves_to_the_stock_one_what_it_does_not_serve():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["CogVideoX", "FluxControlNet"])
+def test_processors_are_got_set_and_refused_as_diffusers_tests_want(name):
+    """What its AttentionTesterMixin checks: get, set one, set all, a wrong number, and fused projections and back."""
+    net, call = WALKED[name]()
+    expected, stock = outputs(net, call), net.attn_processors
+    fastdiff.accelerate(net)
+    fused = net.attn_processors
+    assert all(one.stock is stock[key] for key, one in fused.items())
+    with pytest.raises(ValueError, match="number of processors"):
+        net.set_attn_processor(dict(list(fused.items())[:1]))
+    if hasattr(net, "fuse_qkv_projections"):
+        net.fuse_qkv_projections()
+        assert _error(outputs(net, call), expected) < 1e-5
+        net.unfuse_qkv_projections()
+    assert net.attn_processors == fused and _error(outputs(net, call), expected) < 1e-5
+    others = {key: type(one)() for key, one in stock.items()}
+    net.set_attn_processor(dict(others))
+    assert net.attn_processors == others and _error(outputs(net, call), expected) < 1e-5
+    fastdiff.undo(net)
+    assert net.attn_processors == others and all(map(torch.equal, outputs(net, call), expected))
+
+
+@pytest.mark.slow
 def test_ip_adapter_processors_are_left_intact():
     from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
     from tiny_pipelines import TINY, denoiser, one_call
