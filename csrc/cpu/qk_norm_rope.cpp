@@ -36,6 +36,8 @@ struct Rotation {
   alignas(64) float cosine[kMaxHeadDim], sine[kMaxHeadDim];
 };
 
+constexpr int64_t kAhead = 2 << 10;  // bytes that are fetched ahead of what is written
+
 // One head of a token: its elements, and what they are multiplied by before they turn.
 template <int kIn>
 struct HeadRow {
@@ -45,6 +47,8 @@ struct HeadRow {
 
   template <class P>
   FASTDIFF_ALWAYS F32 at(const HeadRow& h, int64_t i, P part) {
+    // while results are written: the sums in front of them leave memory idle otherwise
+    prefetch(element(h.x, i, kIn) + kAhead);
     return fetch(element(h.x, i, kIn), kIn, part) * h.factor * fetch(h.weight + i, kFloat32, part);
   }
 };

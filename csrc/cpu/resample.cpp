@@ -6,6 +6,8 @@
 namespace fastdiff {
 namespace FASTDIFF_ISA {
 
+constexpr int64_t kAhead = 2 << 10;  // bytes that are fetched ahead
+
 // Each of `count` pixels of one row, twice in both rows of the result.
 static void repeat_row(const char* x, char* out, int64_t count, int64_t pixel, bool past) {
   const int64_t row = 2 * count * pixel;
@@ -23,10 +25,12 @@ static void repeat_row(const char* x, char* out, int64_t count, int64_t pixel, b
 
 template <int kType>
 static void average_row(const char* x, char* out, int64_t count, int64_t width, int64_t channels, bool past) {
-  const int64_t pixel = channels * size_of(kType), row = width * pixel;
+  const int64_t pixel = channels * size_of(kType), row = width * pixel, lines[] = {0, 64, row, row + 64};
   for (int64_t p = 0; p < count; ++p, x += 2 * pixel, out += pixel)
     each_vector(channels, [&](int64_t c, auto part) {
-      const char* at = x + c * size_of(kType);
+      const char *at = x + c * size_of(kType), *ahead = x + 2 * c * size_of(kType) + kAhead;
+      // in the order of memory, which reading two pixels at once is not
+      for (const int64_t line : lines) prefetch(ahead + line);
       const F32 top = fetch(at, kType, part) + fetch(at + pixel, kType, part);
       const F32 bottom = fetch(at + row, kType, part) + fetch(at + row + pixel, kType, part);
       put_either(out + c * size_of(kType), (top + bottom) * 0.25f, kType, past, part);
