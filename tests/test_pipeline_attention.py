@@ -189,6 +189,8 @@ def test_parts_of_the_keys_are_merged_by_their_log_sum_exp():
         dispatch_attention_fn(q, k[:, part], v[:, part], **ask) for part in (slice(3), slice(3, 7))
     )
     assert lse_a.shape == q.shape[:3] and lse_a.dtype == torch.float32
+    scores = torch.einsum("bnhd,bmhd->bnhm", q, k[:, :3]).double() * 8**-0.5
+    assert (lse_a - scores.logsumexp(-1)).abs().max() < 1e-5
     share = torch.sigmoid(lse_a - lse_b)[..., None]
     assert (share * a + (1 - share) * b - _truth(q, k, v)).abs().max() < 1e-5
 
