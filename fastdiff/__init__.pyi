@@ -3,6 +3,7 @@ from fastdiff.artefact import load, save
 from fastdiff.cache import Cache
 from fastdiff.carry import Carry, Hook
 from fastdiff.guidance import CFG
+from fastdiff.imported import import_weights
 from fastdiff.loop import NonFiniteError
 from fastdiff.ops import backend
 from fastdiff.pipeline import PipelineReport, as_fast
@@ -72,6 +73,7 @@ __all__ = [
     "discrete_alphas",
     "evaluate",
     "from_scheduler",
+    "import_weights",
     "load",
     "quantize",
     "report",

@@ -188,6 +188,15 @@ def test_gradients_take_the_modules_own_way():
         strict(torch.ones(1, 3, 8, 8, requires_grad=True), torch.tensor([3.0]), torch.tensor([1]))
 
 
+def test_tensors_of_other_classes_take_the_modules_own_way():
+    net = fastdiff.accelerate(_dit(), "exact")
+    x = torch.ones(1, 3, 8, 8).as_subclass(type("Late", (torch.Tensor,), {}))
+    with torch.no_grad():
+        expected = _dit()(x, torch.tensor([3.0]), torch.tensor([1]))
+        assert torch.equal(net(x, torch.tensor([3.0]), torch.tensor([1])), expected)
+    assert fastdiff.report(net).calls == {"inputs of class Late": 1}
+
+
 def test_report_says_what_runs_and_why_not():
     net = fastdiff.accelerate(_dit(), "w8a8", spare=["transformer_blocks.1.ff.net.2"])
     _call(net)

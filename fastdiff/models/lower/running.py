@@ -189,6 +189,9 @@ class Running:
             self._lowered = None  # it has other layers now: an adapter, perhaps
             return self._read(args, kwargs)
         tensors = (call.sample, *call.context)
+        for t in tensors:
+            if type(t) not in (Tensor, nn.Parameter):  # results of collectives, for one, have no memory yet
+                return f"inputs of class {type(t).__name__}", None
         if any(t.device.type != "cpu" for t in tensors):
             return f"inputs on {call.sample.device}", None
         if torch.is_grad_enabled() and (self.module.training or any(t.requires_grad for t in tensors)):
