@@ -23,11 +23,10 @@ FASTDIFF_ALWAYS int64_t pieces_of(const Linear& a) {
 
 // Scales of 32 columns for the group of k, or ones.
 FASTDIFF_ALWAYS void group_scales(float* scale, const Linear& a, int64_t panel, int64_t k) {
-  const int64_t groups = a.group ? a.inner / a.group : 0, group = a.group ? k / a.group : 0;
-  for (int c = 0; c < kUnit * kPanel; ++c) {
-    const int64_t column = panel * kPanel + c;
-    scale[c] = !a.group ? 1.0f : column < a.sums ? a.group_scale[column * groups + group] : 0.0f;
-  }
+  const int64_t column = panel * kPanel, there = least(kUnit * kPanel, a.sums - column);
+  const int64_t groups = a.group ? a.inner / a.group : 0;
+  const float* from = a.group ? a.group_scale + column * groups + k / a.group : nullptr;
+  for (int c = 0; c < kUnit * kPanel; ++c, from += groups) scale[c] = !a.group ? 1.0f : c < there ? *from : 0.0f;
 }
 
 // row_first [rows, pieces]: what the sums of a row over a piece begin with; null: zeros
@@ -40,26 +39,28 @@ static void multiply_expanded(const Linear& a, const Rows& rows, const Epilogue&
     alignas(64) char expanded[kUnit * kSteps * kStep];
     alignas(64) float sums[kBlockRows * kWidth], scale[kWidth];
     alignas(64) const int32_t zeros[kWidth] = {};
+    const bool narrow = b.rows <= kNarrowRows<Kind>;
     memset(sums, 0, size_t(b.rows) * kWidth * sizeof(float));
     for (int64_t k = 0, piece = 0; k < a.inner; k += piece_at(a, k), ++piece) {
       const int64_t count = (piece_at(a, k) + Format::kPerRow - 1) / Format::kPerRow;
-      const char* from = (const char*)a.weight + (b.panel * packed + k / Format::kPerRow) * kStep;
+      const char* const panels = (const char*)a.weight + (b.panel * packed + k / Format::kPerRow) * kStep;
       group_scales(scale, a, b.panel, k);
-      Panels p{from, count, packed * kStep, zeros, row_first ? pieces : 0, scale};
-      if (b.rows > kNarrowRows<Kind>) {
+      Panels p{panels, count, packed * kStep, zeros, row_first ? pieces : 0, scale, kUnit * packed * kStep};
+      if (!narrow) {
         for (int j = 0; j < b.panels; ++j)
-          expand_panel<Format, Kind>(expanded + j * kSteps * kStep, from + j * packed * kStep, count);
+          expand_panel<Format, Kind>(expanded + j * kSteps * kStep, panels + j * packed * kStep, count);
         p.data = expanded;
         p.steps = count * kGrows<Format, Kind>;
         p.stride = kSteps * kStep;
+        p.later = 0;
       }
-      for_tiles<kTileRows<Kind>>(b.rows, [&](int64_t row, int height) {
+      const auto tile = [&](int64_t row, int height) {
         const int64_t first = b.row + row;
-        const Rows tile{rows.base + first * rows.stride + k * 4 / kTakes<Kind>, rows.stride};
+        const Rows from{rows.base + first * rows.stride + k * 4 / kTakes<Kind>, rows.stride};
         if (row_first) p.first = row_first + first * pieces + piece;
-        (b.rows > kNarrowRows<Kind> ? multiply<Kind> : multiply_narrow<Format, Kind>)(height, b.panels, tile, p,
-                                                                                 sums + row * kWidth, kWidth);
-      });
+        (narrow ? multiply_narrow<Format, Kind> : multiply<Kind>)(height, b.panels, from, p, sums + row * kWidth, kWidth);
+      };
+      narrow ? for_tiles<kNarrowTile<Kind>>(b.rows, tile) : for_tiles<kTileRows<Kind>>(b.rows, tile);
     }
     for_tiles<kMaxTileRows>(b.rows, [&](int64_t row, int height) {
       write(e, sums + row * kWidth, kWidth, b.row + row, height, b.panel, b.panels);

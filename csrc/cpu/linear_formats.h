@@ -99,7 +99,9 @@ static __attribute__((noinline)) void multiply_narrow(const Rows& rows, const Pa
   begin<Kind, R, P>(sum, p);
   auto from = cursor(rows);
   const char* panel = p.data;
+  Later later{panel + p.later, p.stride, P};
   for (int64_t r = 0; r < p.steps; ++r, panel += kStep) {
+    later.prefetch();
     U32 step[P * kParts][kSteps];
     FASTDIFF_UNROLL
     for (int j = 0; j < P * kParts; ++j)
@@ -118,27 +120,30 @@ static __attribute__((noinline)) void multiply_narrow(const Rows& rows, const Pa
   fold<Kind>(sum, p.scale, out, ld);
 }
 
-// Up to this many rows expanding in registers beats expanding into the cache. AMX adds in another order than AVX512, and a
-// row's bits must not depend on how many there are.
+// Up to this many rows, in tiles of so many, expanding in registers beats expanding into the cache. AMX adds in another order
+// than AVX512, and a row's bits must not depend on how many there are.
 template <class Kind>
-constexpr int kNarrowRows = kOnTiles<Kind> ? 0 : 4;
+constexpr bool kWideTile = kBytes == 64 && !__is_same(Kind, Floats);
+template <class Kind>
+constexpr int kNarrowRows = kOnTiles<Kind> ? 0 : kWideTile<Kind> ? 16 : 4;
+template <class Kind>
+constexpr int kNarrowTile = kWideTile<Kind> ? 8 : 4;
 
+template <class Format, class Kind, int P, int R = kNarrowTile<Kind>>
+FASTDIFF_ALWAYS void narrow_up_to(int count, const Rows& rows, const Panels& p, float* out, int64_t ld) {
+  if constexpr (R > 1) {
+    if (count < R) return narrow_up_to<Format, Kind, P, R - 1>(count, rows, p, out, ld);
+  }
+  multiply_narrow<Format, Kind, R, P>(rows, p, out, ld);
+}
+
+// multiply() for 1 to kNarrowTile rows and panels that are not expanded
 template <class Format, class Kind>
 static void multiply_narrow(int count, int panels, const Rows& rows, const Panels& p, float* out, int64_t ld) {
-  if (kTilePanels == 2 && panels == 2) {
-    if (count == 1) return multiply_narrow<Format, Kind, 1, 2>(rows, p, out, ld);
-    if (count == 2) return multiply_narrow<Format, Kind, 2, 2>(rows, p, out, ld);
-    if (count == 3) return multiply_narrow<Format, Kind, 3, 2>(rows, p, out, ld);
-    return multiply_narrow<Format, Kind, 4, 2>(rows, p, out, ld);
+  if constexpr (kTilePanels == 2) {
+    if (panels == 2) return narrow_up_to<Format, Kind, 2>(count, rows, p, out, ld);
   }
-  for (int k = 0; k < panels; ++k) {
-    const Panels one = panel_of(p, k);
-    float* const to = out + k * kPanel;
-    if (count == 1) multiply_narrow<Format, Kind, 1, 1>(rows, one, to, ld);
-    if (count == 2) multiply_narrow<Format, Kind, 2, 1>(rows, one, to, ld);
-    if (count == 3) multiply_narrow<Format, Kind, 3, 1>(rows, one, to, ld);
-    if (count == 4) multiply_narrow<Format, Kind, 4, 1>(rows, one, to, ld);
-  }
+  for (int k = 0; k < panels; ++k) narrow_up_to<Format, Kind, 1>(count, rows, panel_of(p, k), out + k * kPanel, ld);
 }
 
 }  // namespace FASTDIFF_ISA

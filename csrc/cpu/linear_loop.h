@@ -9,6 +9,7 @@ namespace FASTDIFF_ISA {
 constexpr int64_t kBlockBytes = 768 << 10;      // of rows: what stays in 1 MB of L2 beside panels
 constexpr int64_t kBlockRows = 256;
 constexpr int64_t kOwnRows = 32;                // of a block, for which its panels may be read by every thread
+constexpr int64_t kFewRows = 28;                // up to which products wait for memory
 constexpr int64_t kSerialProducts = 1 << 17;    // that one thread multiplies in the time two need to start
 
 FASTDIFF_ALWAYS int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -151,7 +152,8 @@ static void multiply_direct(const Linear& a, const Rows& rows, int64_t steps, co
   for_blocks(a, even_row_blocks(a.rows, steps * 4), [&](const Block& b) {
     alignas(64) int32_t first[kUnit * kPanel];
     begin_sums(first, a, b.panel);
-    multiply_one(rows, e, b, {(const char*)a.weight + b.panel * steps * kStep, steps, steps * kStep, first, 0, nullptr});
+    const int64_t stride = steps * kStep, later = b.rows <= kFewRows ? kUnit * stride : 0;
+    multiply_one(rows, e, b, {(const char*)a.weight + b.panel * stride, steps, stride, first, 0, nullptr, later});
   });
 }
 

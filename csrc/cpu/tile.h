@@ -116,6 +116,19 @@ struct Nothing {
   FASTDIFF_ALWAYS void next() {}
 };
 
+// Brings in panels that are multiplied later, as far as these are.
+struct Later {
+  const char* panel;
+  int64_t stride;
+  int panels;
+  __attribute__((always_inline)) void prefetch() {
+    for (int j = 0; j < panels; ++j) _mm_prefetch(panel + j * stride, _MM_HINT_T1);
+    panel += kStep;
+  }
+  FASTDIFF_ALWAYS bool more() { return false; }
+  FASTDIFF_ALWAYS void next() {}
+};
+
 // sum += rows * panels over `steps` steps; panel_stride: bytes from one panel to the next
 template <class Kind, class Left, int R, int Vectors, class Beside>
 FASTDIFF_ALWAYS void accumulate(typename Kind::Sum (&sum)[R][Vectors], const Left& rows, int64_t steps, const char* panel,
@@ -182,11 +195,12 @@ struct Panels {
   const int32_t* first;  // a number per column, or per row where first_stride is not 0
   int64_t first_stride;
   const float* scale;
+  int64_t later = 0;  // bytes to the panels to prefetch; 0: none
 };
 
 FASTDIFF_ALWAYS Panels panel_of(const Panels& p, int k) {
   return {p.data + k * p.stride, p.steps, p.stride, p.first_stride ? p.first : p.first + k * kPanel, p.first_stride,
-          p.scale ? p.scale + k * kPanel : p.scale};
+          p.scale ? p.scale + k * kPanel : p.scale, p.later};
 }
 
 template <class Kind, int R, int P>
@@ -202,7 +216,12 @@ template <class Kind, int R, int P>
 static __attribute__((noinline)) void multiply_rows(const Rows& rows, const Panels& p, float* out, int64_t ld) {
   Sums<Kind, R, P> sum;
   begin<Kind, R, P>(sum, p);
-  accumulate<Kind>(sum, rows, p.steps, p.data, p.stride);
+  if (p.later) {
+    Later later{p.data + p.later, p.stride, P};
+    accumulate<Kind>(sum, rows, p.steps, p.data, p.stride, later);
+  } else {
+    accumulate<Kind>(sum, rows, p.steps, p.data, p.stride);
+  }
   p.scale ? fold<Kind>(sum, p.scale, out, ld) : finish<Kind>(sum, out, ld);
 }
 
