@@ -59,7 +59,7 @@ def _quantize(workload: Workload) -> None:
     import openvino
 
     source, target = _folder(workload, False), _folder(workload, True)
-    shutil.copytree(source, target, dirs_exist_ok=True)
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("seconds.json"))
     graph = Path(workload.pipeline.denoiser) / "openvino_model.xml"
     model = openvino.Core().read_model(source / graph)
     data = [workload.inputs(seed) for seed in range(1, workload.calibration + 1)]
