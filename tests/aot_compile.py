@@ -49,7 +49,7 @@ def _measure(case: Case, arch: int) -> dict:
         "local": starts("LDL", "STL"),
         "wide_loads": sum("LDG" in opcode and ".128" in opcode for opcode in opcodes),
         "wide_stores": sum("STG" in opcode and ".128" in opcode for opcode in opcodes),
-        "atomics": starts("ATOM", "RED."),
+        "atomics": starts("ATOMG", "ATOM.", "RED.", "REDG"),  # in global memory; tensor memory is allocated by ATOMS
         "tensor_memory": getattr(compiled.metadata, "tmem_size", 0) or 0,
         "opcodes": {name: starts(name) for name in dict(case.opcodes).get(arch, ())},
         "allowed": {"wide": case.wide, "stack": case.stack},
