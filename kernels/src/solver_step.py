@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from fastdiff.kernels.philox import normal_block
+from fastdiff.kernels.rounding import cast
 
 # columns of coef in the order of the contract; tests/test_triton.py compares them
 a, b0, b1, b2, b3, d, lo, hi = (tl.constexpr(k) for k in range(8))
@@ -145,7 +146,7 @@ def solver_step_kernel(
                     scaled = scaled.to(tl.float32)  # float64 rounds twice on its way to 16 bits, as in torch
                 for copy in range(copies):
                     target = input_ptr + (b + copy * tl.cast(batch, tl.int64)) * n
-                    tl.store(target + offsets, scaled.to(input_ptr.dtype.element_ty), mask=inside)
+                    tl.store(target + offsets, cast(scaled, input_ptr.dtype.element_ty), mask=inside)
     _advance(tick_ptr)
 
 
