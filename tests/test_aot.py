@@ -85,6 +85,12 @@ def test_registers_do_not_drift(compiled):
         assert abs(seen["registers"] - before[case]) <= slack, f"{case} on sm_{arch}: {before[case]} before, {seen}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_baseline_knows_no_other_cases(arch):
+    assert set(_compiled(arch, False)) == set(json.loads(BASELINE.read_text())["triton"][arch])
+
+
 if __name__ == "__main__":
     registers = {arch: {case: seen["registers"] for case, seen in _compiled(arch, False).items()} for arch in ARCHS}
     BASELINE.write_text(json.dumps({"triton": registers}, indent=2) + "\n")

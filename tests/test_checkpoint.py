@@ -121,6 +121,30 @@ def test_every_truncation_is_refused(tmp_path):
         refused(tmp_path / "m.safetensors", blob[:length])
 
 
+def flip_bytes(tmp_path: Path, seeds: range) -> None:
+    good = quantized_good()
+    path = tmp_path / "m.safetensors"
+    for seed in seeds:
+        draw, blob = random.Random(seed), bytearray(good)
+        for _ in range(draw.randint(1, 8)):
+            blob[draw.randrange(len(blob))] = draw.randrange(256)
+        path.write_bytes(blob)
+        try:
+            tensors, _ = load_checkpoint(path)
+        except CheckpointError:
+            continue
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= len(blob)
+
+
+def test_flipped_bytes_are_refused_or_harmless(tmp_path):
+    flip_bytes(tmp_path, range(200))
+
+
+@pytest.mark.slow
+def test_many_flipped_bytes_are_refused_or_harmless(tmp_path):
+    flip_bytes(tmp_path, range(200, 2200))
+
+
 def test_T50_mutated_files_are_refused_or_sound():
     """FASTDIFF_FUZZ sets the number of files; `checkpoint_fuzz.py` as a program runs a million."""
     count = int(os.environ.get("FASTDIFF_FUZZ", 2000))

@@ -63,10 +63,14 @@ def test_same_numbers_as_the_scheduler(name, config, call):
     scheduler = make(name, config)
     fast = fastdiff.as_fast(scheduler)
     want, got = run(scheduler, call), run(fast, call)
-    # float32 sums in another order; a first step from zero SNR is a difference of numbers 70 times larger, and data
-    # predictions at the noisy end divide rounding errors by alpha, 1 / 160 there
-    kind = "zero SNR" if config.get("rescale_betas_zero_snr") else config.get("prediction_type")
-    assert worst(got, want, slice(1)) < {"zero SNR": 2e-5, "sample": 1e-5}.get(kind, 3e-6)
+    # float32 sums in another order, over 20 steps; the first step from zero SNR is a difference of numbers 70 times larger
+    limit = 2e-5 if config.get("rescale_betas_zero_snr") else 3e-6
+    if config.get("solver_order") == 3 and name.startswith("DEIS") and config.get("prediction_type") == "sample":
+        # the scheduler's antiderivatives lose digits in float32: it is further from float64 than from us
+        exact = run(float64_twin(make(name, config), None), seed=None, x=start(scheduler).double())
+        limit = worst(want, exact, slice(1))
+    assert worst(got, want, slice(1)) < limit
+    # data predictions at the noisy end divide rounding errors by alpha, 1 / 160 there
     assert worst(got, want) < 1e-4
     assert fast.fastdiff_report().fused == len(want) and not fast.fastdiff_report().stock
     again = run(fast, call)
