@@ -53,6 +53,10 @@ class ModelCalls:
         self._index = None if flat.size == position.size else torch.from_numpy(flat).to(self.source.device)
         self._cond = self.conditioning.select(self._index)
 
+    def renew(self) -> None:
+        """Has the next `select` gather the conditioning again: rows of it have changed."""
+        self._needed = None
+
     def evaluate(self, leaves: list[Leaf], time: torch.Tensor) -> list[torch.Tensor]:
         """The network's outputs for the selected pairs, one tensor of M rows per leaf. time is [B] or [B, N]."""
         J, B = self.source.shape

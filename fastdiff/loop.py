@@ -23,6 +23,14 @@ class NonFiniteError(FloatingPointError):
     """NaN or Inf appeared while sampling."""
 
 
+def non_finite(tick: int, plan: Plan) -> NonFiniteError:
+    """The error of a run whose state stopped being finite at a call."""
+    return NonFiniteError(
+        f"sampling: NaN or Inf after call {tick + 1} of {plan.ticks} "
+        f"(model time {plan.time[tick].tolist()[:8]}); run the model in float32 or bfloat16, or lower guidance"
+    )
+
+
 @dataclass(eq=False)
 class Run:
     """A loop that has begun. `advance` makes one model call and one step of every unfinished sample."""
@@ -136,11 +144,7 @@ class Run:
         """Raises NonFiniteError naming the first bad step, if the guard is on."""
         bad = (~torch.isfinite(self.flags)).nonzero() if self.options.guard else ()
         if len(bad):
-            tick = int(bad[0])
-            raise NonFiniteError(
-                f"sampling: NaN or Inf after call {tick + 1} of {self.carry.plan.ticks} "
-                f"(model time {self.carry.plan.time[tick].tolist()[:8]}); run the model in float32 or bfloat16, or lower guidance"
-            )
+            raise non_finite(int(bad[0]), self.carry.plan)
 
     def _refresh_input(self, tick: int) -> None:
         """Recomputes the model's input after a hook changed the state."""

@@ -1,23 +1,21 @@
 """Sampler: one fixed-step loop for every solver, denoiser and state."""
 
 import math
-import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_flatten
 
 from fastdiff import loop
+from fastdiff.arguments import RUN_SETTINGS, Arguments, row_settings, start
 from fastdiff.conditioning import Conditioning
-from fastdiff.initial import Start, initial_leaves
+from fastdiff.initial import initial_leaves
 from fastdiff.options import RunOptions, check_model_dtype
-from fastdiff.plan import Plan, RowSettings, make_plan
+from fastdiff.plan import Plan, make_plan
 from fastdiff.process import PREDICTIONS, Process, VPDiscrete
 
-_RUN_SETTINGS = ("aux", "hooks", "device", "dtype", "guard", "graph")
 State = torch.Tensor | dict | list | tuple  # a tensor or a pytree of tensors that share their first dimension
 
 
@@ -88,7 +86,7 @@ class Sampler:
         Settings are the fields of RowSettings; each is one value for all samples or a list with one per sample.
         Raises ValueError for unknown solvers (listing the keys), bad values and lists of the wrong length.
         """
-        return make_plan(_row_settings(batch, settings), self.process, self.prediction)
+        return make_plan(row_settings(batch, settings), self.process, self.prediction)
 
     def sample(
         self,
@@ -160,17 +158,23 @@ class Sampler:
 
     def initial_state(self, shape: Sequence[int], plan: Plan, seed: int | Sequence[int], device="cpu") -> torch.Tensor:
         """The noise that `sample` starts from, [B, ...] float32 at the plan's first level."""
-        start = _start(shape, None, seed, torch.device(device))
-        return initial_leaves(start, [None], plan, torch.float32, torch.float32)[0].x
+        begin = start(shape, None, seed, torch.device(device))
+        return initial_leaves(begin, [None], plan, torch.float32, torch.float32)[0].x
 
-    def _begin(self, shape, x, cond, negative, seed, settings) -> loop.Run:
-        own = {name: settings.pop(name) for name in _RUN_SETTINGS if name in settings}
+    def arguments(self, shape, x, cond, negative, seed, settings: Mapping) -> Arguments:
+        """The arguments of `sample`, checked and compiled; raises before any work."""
+        settings = dict(settings)
+        own = {name: settings.pop(name) for name in RUN_SETTINGS if name in settings}
         options = RunOptions(**own, micro_batch=self.micro_batch, model_dtype=self.model_dtype)
-        start = _start(shape, x, seed, options.resolve_device(self.net, x))
-        batch = start.seed.numel()
+        begin = start(shape, x, seed, options.resolve_device(self.net, x))
+        batch = begin.seed.numel()
         plan = self.plan(batch, **settings)
-        conditioning = Conditioning.check(cond, negative, batch, plan, start.seed.device)
-        return loop.Run.begin(self.net, plan, start, conditioning, options)
+        conditioning = Conditioning.check(cond, negative, batch, plan, begin.seed.device)
+        return Arguments(plan, begin, conditioning, options)
+
+    def _begin(self, *arguments) -> loop.Run:
+        given = self.arguments(*arguments)
+        return loop.Run.begin(self.net, given.plan, given.start, given.conditioning, given.options)
 
 
 def _is_mix(prediction: object) -> bool:
@@ -179,68 +183,6 @@ def _is_mix(prediction: object) -> bool:
         and len(prediction) == 3
         and all(isinstance(k, (int, float)) and math.isfinite(k) for k in prediction)
     )
-
-
-def _row_settings(batch: int, settings: Mapping) -> list[RowSettings]:
-    known = RowSettings.__dataclass_fields__
-    unknown = [name for name in settings if name not in known]
-    if unknown:
-        raise ValueError(f"Sampler: unknown setting {unknown[0]!r}; known are {', '.join((*known, *_RUN_SETTINGS))}")
-    columns = {name: _per_row(name, value, batch) for name, value in settings.items()}
-    if batch == 0:
-        return []
-    return [RowSettings(**{name: column[b] for name, column in columns.items()}) for b in range(batch)]
-
-
-def _per_row(name: str, value, batch: int) -> list:
-    if not isinstance(value, list):
-        return [value] * batch
-    if len(value) != batch:
-        raise ValueError(
-            f"{name}: one value per sample expected ({batch}), got {len(value)}; give one value or {batch}"
-        )
-    return value
-
-
-def _seeds(seed: int | Sequence[int], batch: int, device: torch.device) -> torch.Tensor:
-    try:
-        values = (
-            [seed + b for b in range(batch)]
-            if isinstance(seed, (int, np.integer))
-            else [operator.index(s) for s in seed]
-        )
-    except TypeError:
-        raise TypeError(f"seed: an integer or one integer per sample expected, got {seed!r}") from None
-    if len(values) != batch:
-        raise ValueError(f"seed: one per sample expected ({batch}), got {len(values)}")
-    return torch.tensor([(s + 2**63) % 2**64 - 2**63 for s in values], dtype=torch.int64, device=device)
-
-
-def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
-    try:
-        sizes = tuple(operator.index(n) for n in shape)
-    except TypeError:
-        sizes = ()
-    if not sizes or min(sizes) < 0:
-        raise ValueError(f"sample: shape must be non-negative integers [B, ...], got {shape!r}")
-    return sizes
-
-
-def _start(shape, x, seed, device: torch.device) -> Start:
-    """Checks shape or x, and the seeds."""
-    if (shape is None) == (x is None):
-        raise ValueError("sample: give either shape or x")
-    if x is None:
-        sizes = _sizes(shape)
-        return Start([sizes], tree_flatten(0)[1], None, _seeds(seed, sizes[0], device))
-    leaves, structure = tree_flatten(x)
-    if not leaves or not all(isinstance(leaf, torch.Tensor) and leaf.dim() >= 1 for leaf in leaves):
-        raise TypeError("sample: x must be a tensor or a pytree of tensors with a batch dimension")
-    if any(leaf.shape[0] != leaves[0].shape[0] for leaf in leaves):
-        raise ValueError(f"sample: tensors of x must share the batch size, got {[leaf.shape[0] for leaf in leaves]}")
-    if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
-        raise ValueError("sample: x holds NaN or Inf; give a finite state")
-    return Start([tuple(leaf.shape) for leaf in leaves], structure, leaves, _seeds(seed, leaves[0].shape[0], device))
 
 
 def _snapshot(run: loop.Run, tick: int) -> Step:

@@ -36,9 +36,10 @@ LAYERS = {
     "sampler": _LOOP,
     "quantized": _LOOP | {"sampler"},
     "artefact": _LOOP | {"sampler"},
+    "engine": _LOOP | {"sampler"},
 }
 # files of the top level that are parts of the sampler
-SAMPLER = {"sampler", "loop", "carry", "plan", "conditioning", "initial", "plain", "images"}
+SAMPLER = {"sampler", "arguments", "loop", "carry", "plan", "conditioning", "initial", "plain", "images"}
 
 
 def _imports(file: Path) -> set[str]:
