@@ -107,24 +107,71 @@ def test_large_layers_match_float64(shape, threads):
     torch.testing.assert_close(plain.double(), x.double() @ w.double().T, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", packing.LAYOUTS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.int8))
-def test_packing_can_be_undone(dtype):
+def test_packing_can_be_undone(dtype, layout):
     for N, K in ((1, 1), (16, 4), (17, 5), (50, 33)):
         w = torch.randint(-127, 128, (N, K)).to(dtype)
-        packed = packing.pack(w)
+        packed = packing.pack(w, layout)
         g = packing.packed_k(dtype)
-        assert packed.shape == (-(-N // 16), -(-K // g), 16, g)
+        panels = (-(-N // 16), -(-K // g), 16, g)
+        line = 16 // dtype.itemsize
+        assert packed.shape == (panels if layout == "panels" else (-(-N // 16) * 16, -(-K // line) * line))
+        assert packed.is_contiguous() and packing.padded_columns(packed) == -(-N // 16) * 16
         assert torch.equal(packing.unpack(packed, N, K), w)
         assert packed.count_nonzero() == w.count_nonzero()
-    codes = torch.randint(-8, 8, (21, 24)).to(torch.int8)
-    assert torch.equal(packing.unpack_int4(packing.pack_int4(codes), 21, 24), codes)
+        assert packing.holds(packed, K) and not packing.holds(packed, K + line)
+    codes = torch.randint(-8, 8, (21, 40)).to(torch.int8)
+    packed = packing.pack_int4(codes, layout)
+    assert torch.equal(packing.unpack_int4(packed, 21, 40), codes) and packing.holds_int4(packed, 40)
+    assert not packing.unpack_int4(packed, 32, 40)[21:].any()
 
 
-def test_pairs_lie_in_panels_of_16():
+def test_rows_hold_even_codes_in_low_halves():
+    codes = torch.tensor([[-8, 7, 1, -1, 0, 0, 0, 2]], dtype=torch.int8)
+    packed = packing.pack_int4(codes, "rows")
+    assert packed.shape == (16, 16) and packed[0, :4].tolist() == [0x78, 0xF1, 0x00, 0x20]
+    assert not packed[1:].any() and not packed[0, 4:].any()
+
+
+def test_layouts_follow_the_device_and_are_told_apart():
+    w = torch.randn(20, 9)
+    assert packing.pack(w).dim() == 4 and packing.layout_of(torch.device("cuda")) == "rows"
+    rows, panels = packing.pack(w, "rows"), packing.pack(w, "panels")
+    assert packing.refuse_rows(panels) is None and "for GPUs" in packing.refuse_rows(rows)
+    assert packing.refuse_panels(rows) is None and "for CPUs" in packing.refuse_panels(panels)
+    with backend("cpu"), pytest.raises(RuntimeError, match='layout="panels"'):
+        linear(torch.randn(3, 9), rows, 20, *NONE, torch.float32)
+    with pytest.raises(ValueError, match="layout must be one of panels, rows, got 'columns'"):
+        packing.pack(w, "columns")
+    with pytest.raises(TypeError, match="float32, bfloat16, int8"):
+        packing.pack(w.half(), "panels")
+
+
+@pytest.mark.parametrize("layout", packing.LAYOUTS)
+def test_pairs_lie_in_panels_of_16(layout):
     value, gate = torch.randn(20, 8), torch.randn(20, 8)
-    packed = packing.pack_pairs(value, gate)
-    assert torch.equal(packing.unpack(packed[0:1], 16, 8), value[:16])
-    assert torch.equal(packing.unpack(packed[3:4], 4, 8), gate[16:])
+    packed = packing.pack_pairs(value, gate, layout)
+    panel = 1 if layout == "panels" else 16
+    assert torch.equal(packing.unpack(packed[:panel], 16, 8), value[:16])
+    assert torch.equal(packing.unpack(packed[3 * panel :], 4, 8), gate[16:])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.int8))
+def test_convolutions_in_rows_pad_the_channels_of_each_tap(dtype):
+    line = 16 // dtype.itemsize
+    for channels in ((3,), (6, 17), (16, 32)):
+        w = torch.randint(-127, 128, (19, sum(channels), 3, 3)).to(dtype)
+        packed = packing.pack_conv(w, channels, "rows")
+        padded = [-(-c // line) * line for c in channels]
+        assert packed.shape == (32, 9 * sum(padded)) and packing.padded_channels(packed, channels, 3) == padded
+        assert torch.equal(packing.unpack_conv(packed, 19, channels, 3), w)
+        assert torch.equal(packing.unpack_conv(packed.double(), 19, channels, 3), w.double())
+        tap = 9 * padded[0] + 5 * padded[-1] if len(channels) == 2 else 5 * padded[0]  # row 1, column 2
+        assert torch.equal(packed[:19, tap : tap + channels[-1]], w[:, -channels[-1] :, 1, 2])
+        assert packed.count_nonzero() == w.count_nonzero()
+    with pytest.raises(ValueError, match="not packed from"):
+        packing.unpack_conv(packed, 19, (40, 100), 3)
 
 
 def test_codes_follow_the_rule():

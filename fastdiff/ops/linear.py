@@ -4,8 +4,8 @@ import torch
 
 from fastdiff.ops import native, onednn
 from fastdiff.ops.linear_call import FLOATS, check_call, columns, finish, run
-from fastdiff.ops.linear_samples import samples
-from fastdiff.ops.packing import pack, packed_k, unpack
+from fastdiff.ops.linear_samples import BF16, F16, F32, layouts, samples
+from fastdiff.ops.packing import holds, pack, padded_columns, refuse_rows, unpack
 from fastdiff.ops.registry import op
 
 
@@ -21,10 +21,9 @@ def _check(
 ) -> None:
     if x.dtype not in FLOATS or weight.dtype not in FLOATS:
         raise TypeError(f"linear: x and weight must be floats, got {x.dtype} and {weight.dtype}")
-    steps = -(-x.shape[-1] // packed_k(weight.dtype))
-    if weight.dim() != 4 or weight.dtype != torch.float64 and weight.shape[1] != steps:
+    if not holds(weight, x.shape[-1]):
         raise ValueError(f"linear: weight must be packed from [N, {x.shape[-1]}], got {list(weight.shape)}")
-    check_call("linear", x, out_features, weight.shape[0], activation, bias, gate, residual, None, out_dtype)
+    check_call("linear", x, out_features, padded_columns(weight), activation, bias, gate, residual, None, out_dtype)
 
 
 @op(check=_check)
@@ -41,7 +40,8 @@ def linear(
     """Computes residual + gate * activation(x @ W.T + bias) in one pass.
 
     x             [..., K] float32, float16 or bfloat16; rows with one stride
-    weight        W [N, K] packed by `packing.pack`, bfloat16 or float32; for pairs [value; gate] by `packing.pack_pairs`
+    weight        W [N, K] packed by `packing.pack`, bfloat16, float32 or (in rows) float16; for pairs [value; gate] by
+                  `packing.pack_pairs`
     out_features  N, for pairs 2 x the columns of the result
     bias          [N] float32; for pairs interleaved like the weight
     activation    "none", "gelu", "gelu_tanh", "silu"; pairs: "geglu", "geglu_tanh" (value * gelu(gate)), "swiglu"
@@ -49,19 +49,19 @@ def linear(
     residual      [..., N] any float, rows with one stride
     out           [..., N] out_dtype (N / 2 for pairs)
 
-    Products accumulate in float32; with a bfloat16 weight x is rounded to bfloat16 first. The epilogue is float32.
+    Products accumulate in float32; with a 16-bit weight x is rounded to its dtype first. The epilogue is float32.
     A row's bits do not depend on the others. No rows give an empty result; K = 0 gives what an x of zeros would.
     """
     wide = torch.promote_types(torch.float32, x.dtype)
-    rounded = x.to(torch.bfloat16) if weight.dtype == torch.bfloat16 else x
-    y = rounded.to(wide) @ unpack(weight, weight.shape[0] * 16, x.shape[-1]).to(wide).T
+    rounded = x.to(weight.dtype) if weight.dtype in (torch.bfloat16, torch.float16) else x
+    y = rounded.to(wide) @ unpack(weight, padded_columns(weight), x.shape[-1]).to(wide).T
     return finish(y, columns(out_features, activation), bias, activation, gate, residual, None, out_dtype)
 
 
 def _refuse(x, weight, *rest):
     if x.dtype == torch.float64 or weight.dtype not in (torch.float32, torch.bfloat16) or rest[-1] == torch.float64:
         return "computes in float32 with a float32 or bfloat16 weight"
-    return None
+    return refuse_rows(weight)
 
 
 @linear.variant("cpu", devices=("cpu",), missing=native.cpu_missing, refuse=_refuse)
@@ -70,12 +70,17 @@ def _(x, weight, out_features, bias, activation, gate, residual, out_dtype):
     return run(kernel, x, None, weight, None, None, 0, out_features, bias, activation, gate, residual, None, out_dtype)
 
 
-linear.variant("onednn", ("cpu",), onednn.onednn_missing, onednn.refuse_linear)(onednn.run_linear)
+def _refuse_onednn(x, weight, *rest):
+    return refuse_rows(weight) or onednn.refuse_linear(x, weight, *rest)
+
+
+linear.variant("onednn", ("cpu",), onednn.onednn_missing, _refuse_onednn)(onednn.run_linear)
 
 
 @linear.sample
 def _(device):
-    for weight_dtype in (torch.float32, torch.bfloat16):
-        for s in samples(device):
-            packed = pack(s.weight.to(weight_dtype))
-            yield s.x, packed, s.out_features, s.bias, s.activation, s.gate, s.residual, s.out_dtype
+    for layout in layouts(device):
+        for weight_dtype in (F32, BF16, F16) if layout == "rows" else (F32, BF16):
+            for s in samples(device):
+                packed = pack(s.weight.to(weight_dtype), layout)
+                yield s.x, packed, s.out_features, s.bias, s.activation, s.gate, s.residual, s.out_dtype

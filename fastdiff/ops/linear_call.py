@@ -42,15 +42,15 @@ def columns(out_features: int, activation: str) -> int:
     return out_features // 2 if activation in PAIRS else out_features
 
 
-def check_call(op, x, out_features, panels, activation, bias, gate, residual, out_scale, out_dtype) -> None:
+def check_call(op, x, out_features, padded, activation, bias, gate, residual, out_scale, out_dtype) -> None:
     """Raises where the arguments that all linear layers have do not fit together."""
     if activation not in _CODES:
         raise ValueError(f"{op}: activation must be one of {', '.join(_CODES)}, got {activation!r}")
     N = columns(out_features, activation)
-    wide = panels * 16 if activation in PAIRS else N
-    if panels != (2 * -(-N // 16) if activation in PAIRS else -(-N // 16)):
+    wide = padded if activation in PAIRS else N
+    if padded != (32 * -(-N // 16) if activation in PAIRS else 16 * -(-N // 16)):
         raise ValueError(
-            f"{op}: weight has {panels} panels of 16 columns, which is not what {out_features} outputs need"
+            f"{op}: weight has {padded // 16} panels of 16 columns, which is not what {out_features} outputs need"
         )
     if row_stride(x) is None:
         raise ValueError(f"{op}: x must be rows with one stride, got strides {x.stride()}; call contiguous()")
@@ -68,9 +68,9 @@ def check_call(op, x, out_features, panels, activation, bias, gate, residual, ou
         raise TypeError(f"{op}: out_dtype must be a float, or int8 with an out_scale, got {out_dtype}")
 
 
-def check_scales(op, scale, panels, out_features, activation, *groups: int) -> None:
+def check_scales(op, scale, padded, out_features, activation, *groups: int) -> None:
     """Raises where there is not one contiguous scale per column (and group)."""
-    wide = [panels * 16 if activation in PAIRS else out_features, *groups]
+    wide = [padded if activation in PAIRS else out_features, *groups]
     if list(scale.shape) != wide or not scale.is_contiguous():
         raise ValueError(f"{op}: weight_scale must be contiguous {wide}, got {list(scale.shape)}")
 
@@ -93,7 +93,7 @@ def quantize_rows(x: torch.Tensor, x_scale: torch.Tensor | None) -> tuple[torch.
 
 
 def finish(y, N, bias, activation, gate, residual, out_scale, out_dtype) -> torch.Tensor:
-    """The epilogue on scaled sums [..., 16 * panels]; N columns of result. Float64 stays float64."""
+    """The epilogue on scaled sums [..., N padded to 16]; N columns of result. Float64 stays float64."""
     lead = y.shape[:-1]
     if bias is not None:
         y = y + F.pad(bias, (0, y.shape[-1] - bias.numel()))

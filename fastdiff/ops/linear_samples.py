@@ -46,6 +46,11 @@ _SHAPES = (
 )
 
 
+def layouts(device: str) -> tuple[str, ...]:
+    """What weights of samples are packed in: rows on every device, since Triton's interpreter runs on CPUs too."""
+    return ("panels", "rows") if device == "cpu" else ("rows",)
+
+
 def samples(device: str, group: int = 1) -> Iterator[Sample]:
     """Small layers of all kinds; K is rounded up to a multiple of `group`."""
     generator = torch.Generator().manual_seed(0)

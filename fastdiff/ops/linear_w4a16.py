@@ -5,7 +5,8 @@ import torch
 from fastdiff.ops import native
 from fastdiff.ops.linear_call import check_call, columns, finish, rounded, run
 from fastdiff.ops.linear_int4 import check_int4, group_sums, quantized_int4
-from fastdiff.ops.linear_samples import samples
+from fastdiff.ops.linear_samples import layouts, samples
+from fastdiff.ops.packing import padded_columns, refuse_rows
 from fastdiff.ops.registry import op
 
 
@@ -22,7 +23,9 @@ def _check(
     out_dtype: torch.dtype,
 ) -> None:
     check_int4("linear_w4a16", x, weight, weight_scale, group, out_features, activation)
-    check_call("linear_w4a16", x, out_features, weight.shape[0], activation, bias, gate, residual, None, out_dtype)
+    check_call(
+        "linear_w4a16", x, out_features, padded_columns(weight), activation, bias, gate, residual, None, out_dtype
+    )
 
 
 @op(check=_check)
@@ -56,7 +59,7 @@ def linear_w4a16(
 def _refuse(x, weight, weight_scale, *rest):
     if x.dtype == torch.float64 or weight_scale.dtype != torch.float32 or rest[-1] == torch.float64:
         return "computes in float32"
-    return None
+    return refuse_rows(weight)
 
 
 @linear_w4a16.variant("cpu", devices=("cpu",), missing=native.cpu_missing, refuse=_refuse)
@@ -69,7 +72,8 @@ def _(x, weight, weight_scale, out_features, group, bias, activation, gate, resi
 
 @linear_w4a16.sample
 def _(device):
-    for k, group in enumerate((32, 64, 128, 8, 192)):
-        for s in list(samples(device, group))[k % 3 :: 3]:
-            packed, scale = quantized_int4(s.weight, group)
-            yield s.x, packed, scale, s.out_features, group, s.bias, s.activation, s.gate, s.residual, s.out_dtype
+    for layout in layouts(device):
+        for k, group in enumerate((32, 64, 128, 8, 192)):
+            for s in list(samples(device, group))[k % 3 :: 3]:
+                packed, scale = quantized_int4(s.weight, group, layout)
+                yield s.x, packed, scale, s.out_features, group, s.bias, s.activation, s.gate, s.residual, s.out_dtype

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 
 from fastdiff.ops import native
 from fastdiff.ops.linear_call import FLOATS, check_call, check_scales, columns, finish, rounded, run
-from fastdiff.ops.linear_samples import samples
+from fastdiff.ops.linear_samples import layouts, samples
 from fastdiff.ops.linear_w8a8 import quantized
-from fastdiff.ops.packing import PANEL, unpack
+from fastdiff.ops.packing import holds, padded_columns, refuse_rows, unpack
 from fastdiff.ops.registry import op
 
 
@@ -24,10 +24,12 @@ def _check(
 ) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(f"linear_w8a16: x must be a float, got {x.dtype}")
-    if weight.dtype != torch.int8 or weight.dim() != 4 or weight.shape[1] != -(-x.shape[-1] // 4):
+    if weight.dtype != torch.int8 or not holds(weight, x.shape[-1]):
         raise ValueError(f"linear_w8a16: weight must be packed int8 of [N, {x.shape[-1]}], got {list(weight.shape)}")
-    check_scales("linear_w8a16", weight_scale, weight.shape[0], out_features, activation)
-    check_call("linear_w8a16", x, out_features, weight.shape[0], activation, bias, gate, residual, None, out_dtype)
+    check_scales("linear_w8a16", weight_scale, padded_columns(weight), out_features, activation)
+    check_call(
+        "linear_w8a16", x, out_features, padded_columns(weight), activation, bias, gate, residual, None, out_dtype
+    )
 
 
 @op(check=_check)
@@ -53,16 +55,16 @@ def linear_w8a16(
     bfloat16 first.
     """
     wide = torch.promote_types(torch.float32, x.dtype)
-    panels = weight.shape[0]
-    y = rounded(x).to(wide) @ unpack(weight, panels * PANEL, x.shape[-1]).to(wide).T
-    y = y * F.pad(weight_scale, (0, panels * PANEL - weight_scale.numel()))
+    padded = padded_columns(weight)
+    y = rounded(x).to(wide) @ unpack(weight, padded, x.shape[-1]).to(wide).T
+    y = y * F.pad(weight_scale, (0, padded - weight_scale.numel()))
     return finish(y, columns(out_features, activation), bias, activation, gate, residual, None, out_dtype)
 
 
 def _refuse(x, weight, weight_scale, *rest):
     if x.dtype == torch.float64 or weight_scale.dtype != torch.float32 or rest[-1] == torch.float64:
         return "computes in float32"
-    return None
+    return refuse_rows(weight)
 
 
 @linear_w8a16.variant("cpu", devices=("cpu",), missing=native.cpu_missing, refuse=_refuse)
@@ -75,6 +77,7 @@ def _(x, weight, weight_scale, out_features, bias, activation, gate, residual, o
 
 @linear_w8a16.sample
 def _(device):
-    for s in samples(device):
-        packed, scale, _ = quantized(s.weight)
-        yield s.x, packed, scale, s.out_features, s.bias, s.activation, s.gate, s.residual, s.out_dtype
+    for layout in layouts(device):
+        for s in samples(device):
+            packed, scale, _ = quantized(s.weight, layout)
+            yield s.x, packed, scale, s.out_features, s.bias, s.activation, s.gate, s.residual, s.out_dtype

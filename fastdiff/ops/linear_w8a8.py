@@ -5,8 +5,8 @@ import torch.nn.functional as F
 
 from fastdiff.ops import native
 from fastdiff.ops.linear_call import FLOATS, check_call, check_scales, columns, finish, quantize_rows, run
-from fastdiff.ops.linear_samples import samples
-from fastdiff.ops.packing import PANEL, pack, unpack, weight_sums
+from fastdiff.ops.linear_samples import layouts, samples
+from fastdiff.ops.packing import holds, pack, padded_columns, refuse_rows, unpack, weight_sums
 from fastdiff.ops.registry import op
 
 
@@ -24,7 +24,7 @@ def _check(
     out_scale: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> None:
-    if weight.dtype != torch.int8 or weight.dim() != 4 or weight.shape[1] != -(-x.shape[-1] // 4):
+    if weight.dtype != torch.int8 or not holds(weight, x.shape[-1]):
         raise ValueError(f"linear_w8a8: weight must be packed int8 of [N, {x.shape[-1]}], got {list(weight.shape)}")
     if x.dtype not in FLOATS and (x.dtype != torch.int8 or x_scale is None):
         raise TypeError(f"linear_w8a8: x must be a float, or int8 with an x_scale, got {x.dtype}")
@@ -32,13 +32,14 @@ def _check(
         rows = x.shape[:-1].numel()
         if x_scale.numel() != 1 and (x.dtype != torch.int8 or x_scale.numel() != rows or not x_scale.is_contiguous()):
             raise ValueError(f"linear_w8a8: x_scale must be [1], or [{rows}] for int8 x, got {list(x_scale.shape)}")
-    check_scales("linear_w8a8", weight_scale, weight.shape[0], out_features, activation)
+    check_scales("linear_w8a8", weight_scale, padded_columns(weight), out_features, activation)
     if weight_sum.dtype != torch.int32 or weight_sum.shape != weight_scale.shape or not weight_sum.is_contiguous():
         raise ValueError(
             f"linear_w8a8: weight_sum must be contiguous int32 {list(weight_scale.shape)}, "
             f"got {weight_sum.dtype} {list(weight_sum.shape)}"
         )
-    check_call("linear_w8a8", x, out_features, weight.shape[0], activation, bias, gate, residual, out_scale, out_dtype)
+    padded = padded_columns(weight)
+    check_call("linear_w8a8", x, out_features, padded, activation, bias, gate, residual, out_scale, out_dtype)
 
 
 @op(check=_check)
@@ -71,9 +72,9 @@ def linear_w8a8(
     """
     K, wide = x.shape[-1], weight_scale.dtype
     codes, scale = (x, x_scale) if x.dtype == torch.int8 else quantize_rows(x, x_scale)
-    sums = codes.double() @ unpack(weight, weight.shape[0] * PANEL, K).double().T  # exact below 2^53
+    sums = codes.double() @ unpack(weight, padded_columns(weight), K).double().T  # exact below 2^53
     scale = scale.to(wide).view(*x.shape[:-1], 1) if scale.numel() != 1 else scale.to(wide).view(1)
-    scales = F.pad(weight_scale, (0, weight.shape[0] * PANEL - weight_scale.numel()))
+    scales = F.pad(weight_scale, (0, padded_columns(weight) - weight_scale.numel()))
     y = sums.to(wide) * scale * scales
     return finish(y, columns(out_features, activation), bias, activation, gate, residual, out_scale, out_dtype)
 
@@ -81,7 +82,7 @@ def linear_w8a8(
 def _refuse(x, x_scale, weight, weight_scale, *rest):
     if x.dtype == torch.float64 or weight_scale.dtype != torch.float32 or rest[-1] == torch.float64:
         return "computes in float32"
-    return None
+    return refuse_rows(weight)
 
 
 @linear_w8a8.variant("cpu", devices=("cpu",), missing=native.cpu_missing, refuse=_refuse)
@@ -94,18 +95,23 @@ def _(
     )  # fmt: skip
 
 
-def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantized(weight: torch.Tensor, layout: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Packed codes, scales and sums of a float weight [N, K], with one scale per row."""
     scale = (weight.abs().amax(1) / 127 if weight.shape[1] else weight.new_zeros(weight.shape[0])).clamp(min=1e-30)
     codes = torch.round(weight / scale[:, None]).clamp(-127, 127).to(torch.int8)
-    return pack(codes), scale, weight_sums(codes)
+    return pack(codes, layout), scale, weight_sums(codes)
 
 
 @linear_w8a8.sample
 def _(device):
+    for layout in layouts(device):
+        yield from _samples(device, layout)
+
+
+def _samples(device, layout):
     one = lambda value: torch.tensor([value], device=device)
     for k, s in enumerate(samples(device)):
-        rest = (*quantized(s.weight), s.out_features, s.bias, s.activation, s.gate, s.residual)
+        rest = (*quantized(s.weight, layout), s.out_features, s.bias, s.activation, s.gate, s.residual)
         yield s.x, None, *rest, None, s.out_dtype
         if k % 3 == 0:
             yield s.x, one(0.03), *rest, one(0.05), torch.int8

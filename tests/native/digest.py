@@ -22,9 +22,14 @@ LARGE = (
 )
 
 
+def native_calls(op):
+    """The op's samples that its CPU kernel serves."""
+    return (args for args in op.samples("cpu") if not op.explain(*args)["cpu"])
+
+
 def calls(op):
-    """The op's samples that its kernel serves, and some that are large enough for several threads."""
-    yield from (args for args in op.samples("cpu") if not op.explain(*args)["cpu"])
+    """These, and some that are large enough for several threads."""
+    yield from native_calls(op)
     yield from large_calls(op.name)
     if op.name == "solver_step":
         for options in LARGE:

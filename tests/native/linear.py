@@ -9,7 +9,7 @@ import json
 import sys
 
 import torch
-from digest import digest
+from digest import digest, native_calls
 from guard import Guarded
 
 from fastdiff.ops import OPS, backend, linear_call, memory, native, packing
@@ -41,13 +41,13 @@ def products() -> dict[str, str]:
 
 
 def bits() -> dict[str, str]:
-    return {name: digest([OPS[name](*args) for args in OPS[name].samples("cpu")]) for name in NAMES}
+    return {name: digest([OPS[name](*args) for args in native_calls(OPS[name])]) for name in NAMES}
 
 
 def guard() -> dict[str, int]:
     counts = {}
     for name in NAMES:
-        for args in OPS[name].samples("cpu"):
+        for args in native_calls(OPS[name]):
             wanted = OPS[name](*args)
             for side in ("begin", "end"):
                 fence = Guarded(side)
