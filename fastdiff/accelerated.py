@@ -19,6 +19,10 @@ from fastdiff.ops import native
 _STATE, _SEAT = "_fastdiff", "_fastdiff_seat"
 
 
+class NotServedError(ValueError):
+    """A module that nothing can be done for where it is, with the reason."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What runs where, and why not.
@@ -93,6 +97,8 @@ def install(
         for what, wanted in (("a feature cache", settings.cache), ("calibration", calibration)):
             if wanted is not None:
                 raise ValueError(f"accelerate: {what} needs a lowered family; {type(module).__name__}: {reason}")
+        if any(p.is_cuda for p in module.parameters()):
+            raise NotServedError(f"accelerate: on a GPU only known families are served; {reason}")
         running = Walked(module, settings, reason)
     running.set_up_s = time.perf_counter() - start
     run = running if wrap is None else wrap(running)
@@ -156,15 +162,18 @@ def describe(module: nn.Module) -> Report:
 
 
 def check(module: nn.Module) -> None:
-    """Raises where no setting could help: not a module, not on the CPU, or no kernels."""
+    """Raises where no setting could help: not a module, not on a CPU or one GPU, or no kernels."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"accelerate: a torch module expected, got {type(module).__name__}")
-    devices = {p.device.type for p in module.parameters()}
-    if devices - {"cpu"}:
-        hint = "; accelerate it before its weights are offloaded" if "meta" in devices else ""
-        raise ValueError(f"accelerate: the module must be on the cpu, got {', '.join(sorted(devices))}{hint}")
-    if native.cpu() is None:
-        raise RuntimeError(f"accelerate: {native.cpu_missing()}")
+    devices = {p.device for p in module.parameters()}
+    kinds = {device.type for device in devices}
+    if kinds - {"cpu", "cuda"} or len(devices) > 1:
+        hint = "; accelerate it before its weights are offloaded" if "meta" in kinds else ""
+        got = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"accelerate: the module must be on the cpu or on one cuda device, got {got}{hint}")
+    missing = native.triton_missing() if kinds == {"cuda"} else native.cpu_missing()
+    if missing:
+        raise RuntimeError(f"accelerate: {missing}")
 
 
 def _lowered(

@@ -35,7 +35,7 @@ def accelerate(
     calibration: Callable[[], object] | None = None,
     **unknown: object,
 ) -> Target:
-    """Makes a diffusers pipeline, or a module, on the CPU run on fused kernels, in place, and returns it. `undo` takes it back.
+    """Makes a diffusers pipeline, or a module, run on fused kernels, in place, and returns it. `undo` takes it back.
 
     mode           "exact" (float32, equal to the module up to rounding), "bf16", or "w8a8": int8 weights with a scale per
                    output channel, activations quantized as they come (no calibration). Of a pipeline the denoisers run in
@@ -58,12 +58,12 @@ def accelerate(
                    in mode "w8a8" the inputs of convolutions get static ranges, one for each time that it was called with
                    (other times take the nearest); without, each sample is quantized by its own largest magnitude
 
-    Known families (`fastdiff.models.lower.FAMILIES`) run their whole forward as one recorded program per input shape; of
-    any other module the layers are replaced one by one. Weights may be changed later: those of known families are packed
+    Known families (`fastdiff.models.lower.FAMILIES`) run their whole forward as one recorded program per input shape, on a
+    GPU as a CUDA graph; of any other module, on a CPU, the layers are replaced one by one. Weights may be changed later: those of known families are packed
     again at the next call. Calls that need a gradient, and arguments that the kernels do not know, run the module's own forward.
 
-    Raises TypeError for an unknown option, ValueError for unknown settings or a module that is not on the CPU, RuntimeError
-    where the kernels are not built or under `strict`; a pipeline that could not be accelerated is as it was.
+    Raises TypeError for an unknown option, ValueError for unknown settings or a module that is neither on the CPU nor
+    on one GPU, or of an unknown family there; RuntimeError where the kernels are not built or under `strict`; a pipeline that could not be accelerated is as it was.
     """
     if unknown:
         raise TypeError(_unknown(next(iter(unknown))))

@@ -192,7 +192,7 @@ class FeatureCache:
 
     def _renew(self, run: _Run, rows: np.ndarray, outer, served, change, compute, adds) -> None:
         """Computes the samples `rows`, learns from what reuse would have given, and writes them to `served`."""
-        index = torch.from_numpy(rows)
+        index = torch.from_numpy(rows).to(outer.device)
         inner = self._computed(compute, None if len(rows) == len(change) else index, len(rows))
         error = _relative(inner, served[index], inner)
         begun = run.calls[rows] > 1  # others have features of another run

@@ -1,11 +1,13 @@
 """Programs: the kernel calls of a function, recorded once and repeated without Python in between."""
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from fastdiff.graph import StepGraph
 from fastdiff.ops import native
 from fastdiff.ops.memory import Arena, use_arena
 
@@ -19,75 +21,68 @@ class NotCapturableError(RuntimeError):
     """A function called torch for something that a program would not repeat."""
 
 
-class _OnlyKernels(TorchFunctionMode):
-    """Refuses torch's own computations while a program is recorded: they would be missing from it.
+class _Constants(TorchFunctionMode):
+    """Notes the tensors that a function reads but neither makes nor is given: what is recorded needs them to stay.
 
-    What only describes memory passes: sizes, strides, and views of the arguments.
-
-    constants  the tensors outside of `arena` whose addresses kernels took, from address to tensor
+    constants  from where they lie to the tensors
     """
 
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, inputs: tuple[torch.Tensor, ...]) -> None:
         super().__init__()
-        self._arena = arena
+        self._own = _memory(inputs)
         self.constants: dict[int, torch.Tensor] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        read = {t.untyped_storage().data_ptr(): t for t in _tensors((args, kwargs))}
+        self.constants |= {at: t for at, t in read.items() if at not in self._own}
+        out = func(*args, **(kwargs or {}))
+        self._own |= _memory(out) - read.keys() - self.constants.keys()
+        return out
+
+
+class _OnlyKernels(_Constants):
+    """Refuses torch's own computations while a program is recorded, too: they would be missing from it.
+
+    What only describes memory passes: sizes, strides, and views of the arguments.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", str(func))
-        if name == "data_ptr":
-            address = func(*args)
-            if not self._arena.holds(address):
-                self.constants[address] = args[0]
-            return address
         changes = name.endswith("_") and not name.endswith("__") or "out" in (kwargs or {})
         if changes or name in _READS or name == "__setitem__":
             raise NotCapturableError(f"program: torch ran {name}; only fastdiff.ops can be recorded")
-        out = func(*args, **(kwargs or {}))
+        out = super().__torch_function__(func, types, args, kwargs)
         if name not in _FRESH and not _memory(out) <= _memory((args, kwargs)):
             raise NotCapturableError(f"program: torch computed {name}; only fastdiff.ops can be recorded")
         return out
 
 
-def _memory(values: object) -> set[int]:
-    """Where the tensors among some values, and in sequences of them, lie."""
+def _tensors(values: object) -> list[torch.Tensor]:
+    """The tensors among some values, and in sequences and dictionaries of them."""
     if isinstance(values, torch.Tensor):
-        return {values.untyped_storage().data_ptr()}
+        return [values]
     if isinstance(values, dict):
         values = tuple(values.values())
-    return set().union(*map(_memory, values)) if isinstance(values, (list, tuple)) else set()
+    return [t for v in values for t in _tensors(v)] if isinstance(values, (list, tuple)) else []
 
 
-class Program:
-    """`function`, recorded for inputs of one shape: a call copies the inputs in, repeats the kernels, copies the outputs.
+def _memory(values: object) -> set[int]:
+    """Where the tensors among some values lie."""
+    return {t.untyped_storage().data_ptr() for t in _tensors(values)}
 
-    function  from CPU tensors to a tensor or a tuple of tensors, through fastdiff.ops and views only
-    examples  tensors like the inputs of every later call: same shapes and dtypes
-    arena     the memory of intermediate results; programs that never run at the same time may share it
 
-    Raises NotCapturableError where `function` computes with torch itself, RuntimeError without the compiled kernels.
-    Calls may come from several threads; they take turns.
-    """
+class _Recorded(ABC):
+    """What was recorded for inputs of one shape: inputs and outputs in place, and calls that copy in and out."""
 
-    def __init__(self, function: Callable, examples: tuple[torch.Tensor, ...], arena: Arena | None = None) -> None:
-        if native.cpu() is None:
-            raise RuntimeError(f"program: {native.cpu_missing()}")
+    _outputs: torch.Tensor | tuple[torch.Tensor, ...]
+
+    def __init__(self, examples: tuple[torch.Tensor, ...]) -> None:
         self._lock = threading.Lock()
         self._inputs = tuple(example.detach().clone(memory_format=torch.contiguous_format) for example in examples)
-        self._native = native.cpu().Program()
-        self._arena = arena or Arena()
-        with torch.no_grad(), use_arena(self._arena):
-            self._native.start()
-            recording = _OnlyKernels(self._arena)
-            try:
-                with recording:
-                    self._outputs = function(*self._inputs)
-            finally:
-                self._native.stop()
-        self._constants = recording.constants  # repetitions read them, whoever else has dropped them
 
-    def __len__(self) -> int:
-        """Number of recorded kernel calls."""
-        return len(self._native)
+    @abstractmethod
+    def run(self) -> None:
+        """Repeats the kernels on the inputs that were loaded last."""
 
     @property
     def outputs(self) -> tuple[torch.Tensor, ...]:
@@ -105,15 +100,6 @@ class Program:
         """Whether the inputs that were loaded last equal these."""
         return all(torch.equal(kept, new) for kept, new in zip(self._inputs, inputs, strict=True))
 
-    def run(self) -> None:
-        """Repeats the kernels on the inputs that were loaded last."""
-        self._native.run()
-
-    def profile(self) -> list[tuple[str, float]]:
-        """Runs on the inputs that were loaded last; the op and the microseconds of each kernel call, in order."""
-        with self._lock:
-            return self._native.profile()
-
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """The function's result for these inputs, in fresh memory."""
         with self._lock:
@@ -122,3 +108,72 @@ class Program:
             if isinstance(self._outputs, torch.Tensor):
                 return self._outputs.clone()
             return tuple(out.clone() for out in self._outputs)
+
+
+class Program(_Recorded):
+    """`function`, recorded for inputs of one shape: a call copies the inputs in, repeats the kernels, copies the outputs.
+
+    function  from CPU tensors to a tensor or a tuple of tensors, through fastdiff.ops and views only
+    examples  tensors like the inputs of every later call: same shapes and dtypes
+    arena     the memory of intermediate results; programs that never run at the same time may share it
+
+    Raises NotCapturableError where `function` computes with torch itself, RuntimeError without the compiled kernels.
+    Calls may come from several threads; they take turns.
+    """
+
+    def __init__(self, function: Callable, examples: tuple[torch.Tensor, ...], arena: Arena | None = None) -> None:
+        if native.cpu() is None:
+            raise RuntimeError(f"program: {native.cpu_missing()}")
+        super().__init__(examples)
+        self._native = native.cpu().Program()
+        self._arena = arena or Arena()
+        with torch.no_grad(), use_arena(self._arena):
+            self._native.start()
+            recording = _OnlyKernels(self._inputs)
+            try:
+                with recording:
+                    self._outputs = function(*self._inputs)
+            finally:
+                self._native.stop()
+        self._constants = recording.constants  # repetitions read them, whoever else has dropped them
+
+    def __len__(self) -> int:
+        """Number of recorded kernel calls."""
+        return len(self._native)
+
+    def run(self) -> None:
+        self._native.run()
+
+    def profile(self) -> list[tuple[str, float]]:
+        """Runs on the inputs that were loaded last; the op and the microseconds of each kernel call, in order."""
+        with self._lock:
+            return self._native.profile()
+
+
+class GraphProgram(_Recorded):
+    """The same on a GPU: one CUDA graph, in which torch may compute too. `arena` names the pool that graphs share.
+
+    The function runs once before the capture, so that its kernels are compiled.
+    """
+
+    def __init__(self, function: Callable, examples: tuple[torch.Tensor, ...], arena: Arena | None = None) -> None:
+        super().__init__(examples)
+        self._arena = arena or Arena()  # its pool stays as long as the graph
+        recording = _Constants(self._inputs)
+
+        def body() -> None:
+            with recording:
+                self._outputs = function(*self._inputs)
+
+        with torch.no_grad():
+            function(*self._inputs)
+            self._graph = StepGraph(body, self._inputs[0].device, self._arena.pool)
+        self._constants = recording.constants
+
+    def run(self) -> None:
+        self._graph.replay()
+
+
+def record(function: Callable, examples: tuple[torch.Tensor, ...], arena: Arena) -> Program | GraphProgram:
+    """A program on the device of the examples."""
+    return (GraphProgram if examples[0].is_cuda else Program)(function, examples, arena)

@@ -106,7 +106,7 @@ class TemporalTable:
         wanted = list(range(len(keys))) if self._exact and first else sorted(first.values())
         size = len(wanted) if self._exact else self.rows_at_once
         for part in _parts(wanted, size):
-            index = torch.tensor(part + part[-1:] * (fewest - len(part)))
+            index = torch.tensor(part + part[-1:] * (fewest - len(part)), device=inputs[0].device)
             chosen = [tensor.index_select(0, index) for tensor in inputs]
             if self.before is not None:
                 self.before(chosen[0])
@@ -129,5 +129,5 @@ def _row_keys(tensor: Tensor) -> list[Hashable]:
     """One hashable value per row; equal values mean equal rows."""
     if tensor.dim() == 1:
         return tensor.tolist()
-    raw = tensor.detach().contiguous().view(torch.uint8).flatten(1).numpy()
+    raw = tensor.detach().contiguous().view(torch.uint8).flatten(1).cpu().numpy()
     return [row.tobytes() for row in raw]

@@ -8,7 +8,7 @@ import torch
 
 from fastdiff.ops import gram, native
 from fastdiff.ops.memory import Arena, Shelf, empty, use_arena
-from fastdiff.program import NotCapturableError, Program
+from fastdiff.program import GraphProgram, NotCapturableError, Program
 
 pytestmark = pytest.mark.skipif(native.cpu() is None, reason=f"no native code: {native.cpu_missing()}")
 
@@ -68,6 +68,35 @@ def test_torch_computations_are_refused(work):
         Program(work, (torch.randn(2, 5),))
     # and recording has ended: other calls on this thread are not added anywhere
     assert len(Program(lambda x: gram([x]), (torch.randn(2, 5),))) == 1
+
+
+class _Replay:
+    """What a captured graph does, without the capture: the body once more."""
+
+    def __init__(self, body, device, pool):
+        self.replay = body
+        body()
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    monkeypatch.setattr("fastdiff.program.StepGraph", _Replay)
+    monkeypatch.setattr(Arena, "pool", None)
+
+
+def test_graphs_repeat_with_new_inputs_and_keep_what_they_read(graphs):
+    constants = [torch.randn(3, 4, 50), torch.randn(3, 4, 50)]
+    reads = [weakref.ref(tensor) for tensor in constants]
+    work = lambda x: gram([x * constants[0], constants[1]])  # torch may compute, too
+    x, y = torch.randn(2, 3, 4, 50).unbind()
+    program = GraphProgram(work, (x,))
+    expected = [work(values) for values in (x, y)]
+    first, second = program(x), program(y)
+    assert torch.equal(first, expected[0]) and torch.equal(second, expected[1])
+    assert program.holds(y) and not program.holds(x) and torch.equal(program.outputs[0], second)
+    assert set(program._constants) == {t.untyped_storage().data_ptr() for t in constants}
+    constants[:] = [torch.zeros(3, 4, 50)] * 2
+    assert all(read() is not None for read in reads)
 
 
 def test_other_shapes_are_refused():

@@ -54,7 +54,12 @@ class Coded:
 
     @property
     def outputs(self) -> int:
-        return (self.dense if self.codes is None else self.codes).shape[0]
+        return self.weight.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The codes, or the weight where there are none."""
+        return self.dense if self.codes is None else self.codes
 
 
 def join(parts: list[Coded]) -> Coded:
@@ -67,7 +72,7 @@ def join(parts: list[Coded]) -> Coded:
     if len(shapes) > 1 or len(rotations) > 1 or not (same("codes") and same("up") and smoothed):
         raise ValueError("layers over one input are quantized in different ways")
     rows = lambda name: None if getattr(first, name) is None else torch.cat([getattr(p, name) for p in parts])
-    bias = [torch.zeros(p.outputs) if p.bias is None else p.bias for p in parts]
+    bias = [torch.zeros(p.outputs, device=p.weight.device) if p.bias is None else p.bias for p in parts]
     bias = None if all(p.bias is None for p in parts) else torch.cat(bias)
     up = None if first.up is None else torch.block_diag(*(p.up for p in parts))
     joined = {name: rows(name) for name in ("codes", "scale", "dense", "down")}

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 import math
 import mmap
 import sys
@@ -35,7 +36,9 @@ class Shelf:
         return taken
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A contiguous copy of a tensor."""
+        """A contiguous copy of a tensor, where it is on a CPU."""
+        if tensor.device.type != "cpu":
+            return tensor.contiguous()
         block = torch.from_numpy(self.take(max(tensor.nbytes, 1)))
         return block[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
@@ -57,20 +60,22 @@ class Arena:
     """CPU memory that is used again as soon as nobody holds the tensors in it.
 
     Fresh pages cost eight to ten times what writing them costs, and a result of 32 MB is fresh pages in every call.
+    On a GPU, where torch's allocator does this, it only names the pool that the graphs of an arena share.
     """
 
     def __init__(self) -> None:
         self._shelf = Shelf()
         self._blocks: list[np.ndarray] = [np.empty(0, dtype=np.uint8)]  # the first is never given out
 
+    @functools.cached_property
+    def pool(self) -> tuple[int, int]:
+        """Memory that CUDA graphs share which never run at the same time."""
+        return torch.cuda.graph_pool_handle()
+
     @property
     def nbytes(self) -> int:
         """Bytes of all blocks."""
         return sum(block.nbytes for block in self._blocks)
-
-    def holds(self, address: int) -> bool:
-        """Whether an address lies in one of the blocks."""
-        return any(0 <= address - block.ctypes.data < block.nbytes for block in self._blocks)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor with undefined contents, aligned to 64 bytes, on the smallest block that is free."""

@@ -84,7 +84,14 @@ def install(
             paired = None
             if name in _DENOISERS and guidance is not None:
                 paired = done.paired[name] = PairedCalls(module, guidance)
-            accelerated.install(module, _settings_of(name, module, settings), guard, paired and paired.around)
+            try:
+                accelerated.install(module, _settings_of(name, module, settings), guard, paired and paired.around)
+            except accelerated.NotServedError as error:
+                if settings.strict and name in _DENOISERS:
+                    raise
+                done.left[name] = str(error)
+                done.paired.pop(name, None)
+                continue
             if name in _DENOISERS:
                 accelerated.follow(module, lambda: getattr(pipe.scheduler, "timesteps", None))
                 # the attention of walked ones is served, and told about, call by call

@@ -60,7 +60,8 @@ class StepRanges:
         if not self._tables:
             return
         if self._joined is None:
-            self._joined = torch.stack(self._tables)
+            self._joined = torch.stack(self._tables).to(times.device)
+            self._times = self._times.to(times.device)
         values = self._joined.index_select(1, nearest_rows(times, self._times))
         kept = self._filled.setdefault(values.shape[1], values)
         if kept is not values:

@@ -5,9 +5,10 @@ from collections.abc import Callable
 import torch
 
 from fastdiff.ops.memory import Arena
-from fastdiff.program import Program
+from fastdiff.program import GraphProgram, Program, record
 
 Tensor = torch.Tensor
+Place = tuple[int, Program | GraphProgram]
 _KEPT = 2  # of one shape: guidance may call with a prompt and an empty one in turn
 
 
@@ -19,7 +20,7 @@ class EncodedContexts:
 
     def __init__(self, encode: Callable) -> None:
         self._encode = encode
-        self._places: dict[tuple, list[tuple[int, Program]]] = {}  # those used last come first
+        self._places: dict[tuple, list[Place]] = {}  # those used last come first
 
     def encoded(self, key: tuple, context: tuple[Tensor, ...]) -> tuple[tuple, tuple[Tensor, ...]]:
         """The key of the place where this context lies, and what was made of it; computed where no place holds it."""
@@ -34,10 +35,10 @@ class EncodedContexts:
             places.insert(0, place)
         return (*key, place[0]), place[1].outputs
 
-    def _fill(self, places: list[tuple[int, Program]], context: tuple[Tensor, ...]) -> tuple[int, Program]:
+    def _fill(self, places: list[Place], context: tuple[Tensor, ...]) -> Place:
         if len(places) < _KEPT:
             # memory of its own: what it made must outlive the runs of other programs
-            places.append((len(places), Program(self._encode, context, Arena())))
+            places.append((len(places), record(self._encode, context, Arena())))
             return places[-1]
         place = places[-1]
         place[1].load(*context)

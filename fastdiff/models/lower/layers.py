@@ -129,8 +129,7 @@ class Packer:
             return self.coded.linear(name, *linears, pairs=pairs, once=bool(spare))
         for layer in linears:
             check_plain(name, layer, type(layer) if _is_patchwise(layer) else nn.Linear)
-        device = "meta" if self._dry else "cpu"
-        weight = torch.cat([layer.weight.detach().to(device).float().flatten(1) for layer in linears])
+        weight = torch.cat([self._look(layer).float().flatten(1) for layer in linears])
         bias = _joined_bias(linears)
         if pairs:
             half = weight.shape[0] // 2
@@ -164,7 +163,7 @@ class Packer:
             return self.coded.conv(name, conv, channels, padding, upsample)
         conv = merged(name, conv)
         check_plain(name, conv, nn.Conv2d)
-        flat = conv.weight.detach().to("meta" if self._dry else "cpu").float().flatten(1)
+        flat = self._look(conv).float().flatten(1)
         form = self._format(name, spare, precise)
         shape, counts = conv.weight.shape, channels or (conv.in_channels,)
         arrange = lambda values: pack_conv(values.view(values.shape[0], *shape[1:]), counts)
@@ -210,6 +209,10 @@ class Packer:
         codes, scale = ops.quantize_rows(weight)  # 12 times torch's speed
         return self.shelf.keep(arrange(codes)), scale, total(codes)
 
+    def _look(self, layer: nn.Module) -> Tensor:
+        """A weight, or only what it looks like."""
+        return layer.weight.detach().to("meta") if self._dry else layer.weight.detach()
+
     def give_up(self, *layers: nn.Module) -> None:
         """Frees the weights of packed layers, where the originals are not kept."""
         if not self._keep_original:
@@ -239,5 +242,5 @@ def check_plain(name: str, layer: nn.Module, expected: type) -> None:
 def _joined_bias(linears: Sequence[nn.Linear]) -> Tensor | None:
     if all(layer.bias is None for layer in linears):
         return None
-    zeros = lambda layer: torch.zeros(layer.weight.shape[0])
+    zeros = lambda layer: layer.weight.new_zeros(layer.weight.shape[0], dtype=torch.float32)
     return torch.cat([zeros(l) if l.bias is None else l.bias.detach().float() for l in linears])

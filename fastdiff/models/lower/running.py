@@ -19,7 +19,7 @@ from fastdiff.models.lower.record import LayerRecord, Record, Settings, Unsuppor
 from fastdiff.ops import native
 from fastdiff.ops.memory import Arena
 from fastdiff.ops.registry import forced_backend
-from fastdiff.program import Program
+from fastdiff.program import GraphProgram, Program, record
 
 Tensor = torch.Tensor
 _PROGRAMS = 16  # shapes whose programs are kept
@@ -44,12 +44,13 @@ class Running:
         self._reason, self._looks = "", []
         self._watched: list[tuple[dict, str, nn.Parameter, int, int | None]] = []
         self._adapted: tuple[list[nn.Module], list[tuple]] = [], []
+        self._device = torch.device("cpu")
         self._lock = threading.RLock()
         self.features = None if settings.cache is None else FeatureCache(settings.cache)
         self._forget()
 
     def _forget(self) -> None:
-        self._programs: dict[tuple, Program] = {}
+        self._programs: dict[tuple, Program | GraphProgram] = {}
         self._contexts = EncodedContexts(lambda *context: self._lowered.encode(*context))
         self._arena = Arena()
         if self.features is not None:
@@ -122,6 +123,7 @@ class Running:
         packer = lambda keep, dry: Packer(settings.numbers, Record(), settings.spared, keep, dry, *ranges)
         self._lowered, self._reason = None, ""
         try:
+            self._device = _device(self.module)
             with torch.no_grad():
                 if not self.keeps_original:  # nothing may fail once the first weight is gone
                     lower(self.module, packer(True, True), settings.shares_time)
@@ -153,6 +155,11 @@ class Running:
         """The module's forward, on fused kernels where they serve the call, else its own."""
         if torch.compiler.is_compiling():  # a compiler looks at torch's own operations
             return type(self.module).forward(self.module, *args, **kwargs)
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "accelerate: an accelerated network looks at its times and replays a CUDA graph of its own, which "
+                "cannot be captured in another; sample with graph=False"
+            )
         with self._lock:
             reason, call = self._read(args, kwargs)
             if call is None:
@@ -188,12 +195,13 @@ class Running:
                 return str(error), None
             self._lowered = None  # it has other layers now: an adapter, perhaps
             return self._read(args, kwargs)
-        tensors = (call.sample, *call.context)
+        tensors = (call.sample, *call.context, *call.temporal[1:])
         for t in tensors:
             if type(t) not in (Tensor, nn.Parameter):  # results of collectives, for one, have no memory yet
                 return f"inputs of class {type(t).__name__}", None
-        if any(t.device.type != "cpu" for t in tensors):
-            return f"inputs on {call.sample.device}", None
+        elsewhere = {str(t.device) for t in tensors if t.device != self._device}
+        if elsewhere:
+            return f"inputs on {' and '.join(sorted(elsewhere))}, weights on {self._device}", None
         if torch.is_grad_enabled() and (self.module.training or any(t.requires_grad for t in tensors)):
             return "a gradient is wanted", None
         if call.sample.shape[0] == 0:
@@ -202,12 +210,14 @@ class Running:
 
     def _run(self, call: Call) -> Tensor:
         lowered = self._lowered
-        rows = lowered.temporal.lookup(*call.temporal)
-        self._ranges.fill(call.temporal[0])
+        time, *fixed = call.temporal
+        time = time.to(self._device)
+        rows = lowered.temporal.lookup(time, *fixed)
+        self._ranges.fill(time)
         lowered.prepare(call)
         if self._observer is not None:
-            self._observer.follow(call.temporal[0])
-        if native.cpu() is None or forced_backend() is not None or self._observer is not None:
+            self._observer.follow(time)
+        if self._device.type == "cpu" and native.cpu() is None or forced_backend() or self._observer is not None:
             return lowered.body(call.sample, rows, *lowered.encode(*call.context))
         key = (call.sample.shape, call.sample.dtype, *((c.shape, c.dtype) for c in call.context))
         if len(self._programs) >= _PROGRAMS:
@@ -218,9 +228,9 @@ class Running:
         body = lambda sample, rows: lowered.body(sample, rows, *encoded)
         return self._program(key, body, (call.sample, rows))(call.sample, rows)
 
-    def _program(self, key: tuple, function: Callable, inputs: tuple[Tensor, ...]) -> Program:
+    def _program(self, key: tuple, function: Callable, inputs: tuple[Tensor, ...]) -> Program | GraphProgram:
         if key not in self._programs:
-            self._programs[key] = Program(function, inputs, self._arena)
+            self._programs[key] = record(function, inputs, self._arena)
         return self._programs[key]
 
     def _run_staged(self, key: tuple, call: Call, rows: Tensor, encoded: tuple[Tensor, ...]) -> Tensor:
@@ -246,6 +256,14 @@ class Running:
         run = lambda rows, *rest: self._lowered.middle(rest[:n], rows, *rest[n:])
         inputs = tuple(map(take, (rows, *head, *encoded)))
         return self._program((*key, "middle", len(inputs[0])), run, inputs)(*inputs)
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where all weights of a module are."""
+    devices = {p.device for p in module.parameters()}
+    if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"weights on {' and '.join(sorted(map(str, devices))) or 'no device'}")
+    return devices.pop()
 
 
 def _look(module: nn.Module) -> list[tuple]:

@@ -78,7 +78,7 @@ class LoweredT5:
         size = tokens**2 * self._attentions[0].n_heads * len(self._own_biases()) * self._mode.stream.itemsize
         require(size <= _MOST_BIAS, f"position biases of {tokens} tokens take more than {_MOST_BIAS >> 20} MB")
         lengths = () if attention_mask is None else (_lengths(attention_mask, x.shape[:2]),)
-        return Call(x, (torch.zeros(x.shape[0]),), lengths, self._wrap(return_dict))
+        return Call(x, (x.new_zeros(x.shape[0], dtype=torch.float32),), lengths, self._wrap(return_dict))
 
     def _wrap(self, return_dict: bool | None) -> Callable[[Tensor], object]:
         if return_dict is None:
@@ -116,7 +116,8 @@ def _lengths(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     require(isinstance(mask, Tensor) and mask.shape == shape, f"attention_mask: a tensor {list(shape)} is needed")
     counts = mask != 0
     lengths = counts.sum(1, dtype=torch.int32)
-    ends = torch.equal(counts, torch.arange(shape[1]) < lengths[:, None]) and bool((lengths > 0).all())
+    first = torch.arange(shape[1], device=lengths.device) < lengths[:, None]
+    ends = torch.equal(counts, first) and bool((lengths > 0).all())
     require(ends, "attention_mask leaves out more than the end of a text")
     return lengths
 

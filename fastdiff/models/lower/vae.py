@@ -45,7 +45,7 @@ class LoweredCoder:
         require(fits, f"sample: [B, {self._channels}, H, W] is needed")
         require(sample.dtype in FLOATS, f"sample is {sample.dtype}")
         require(not any(n % self._factor for n in sample.shape[2:]), f"sizes are not multiples of {self._factor}")
-        return Call(sample, (torch.zeros(sample.shape[0]),), (), lambda out: out)
+        return Call(sample, (sample.new_zeros(sample.shape[0], dtype=torch.float32),), (), lambda out: out)
 
     def prepare(self, call: Call) -> None:
         """Nothing depends on the shapes."""
