@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.kernels import group_norm, philox
 from fastdiff.kernels import solver_step as kernel
@@ -21,6 +22,7 @@ from fastdiff.ops.gram import gram
 from fastdiff.ops.philox_normal import philox_normal
 from fastdiff.ops.solver_step import COEF, META, solver_step
 from fastdiff.ops.solver_step_samples import make_call
+from fastdiff.ops.strides import strides
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 reference = sys.modules[philox_normal.reference.__module__]
@@ -69,6 +71,29 @@ def test_step_has_the_bits_of_the_reference(index):
             _expect_same_bits(got, want)
         else:
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("index", range(0, len(STEPS), 3))
+def test_step_is_one_launch_and_nothing_else(index, monkeypatch):
+    """Neither torch's kernels nor its memory, nor a look at a value: what a captured graph repeats is one kernel."""
+    launches, computed = [], []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launches.append(grid)
+
+    class Torch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if not func.is_view:
+                computed.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    args = [a.clone() if isinstance(a, torch.Tensor) else a for a in STEPS[index]]
+    monkeypatch.setattr(kernel, "solver_step_kernel", Recorder())
+    with backend("triton"), Torch():
+        solver_step(*args)
+    crooked = [m for m in args[4] if strides(m) is None]  # no kernel's layout: they are copied before
+    assert len(launches) == 1 and computed == ["aten::clone"] * len(crooked)
 
 
 def test_step_spreads_over_several_programs_and_lines():
