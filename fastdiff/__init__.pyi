@@ -2,6 +2,7 @@ from fastdiff.acceleration import Report, accelerate, report, undo
 from fastdiff.artefact import load, save
 from fastdiff.cache import Cache
 from fastdiff.carry import Carry, Hook
+from fastdiff.engine import Engine
 from fastdiff.guidance import CFG
 from fastdiff.imported import import_weights
 from fastdiff.loop import NonFiniteError
@@ -43,6 +44,7 @@ __all__ = [
     "CalibrationSet",
     "Cancelled",
     "Carry",
+    "Engine",
     "FastdiffConfig",
     "Flow",
     "GateError",

@@ -119,6 +119,10 @@ class Plan:
         """Network evaluations over all samples and branches."""
         return int(np.count_nonzero(self.weights))
 
+    def finished(self, tick: int) -> np.ndarray:
+        """[B] bool: samples that have finished after a call."""
+        return self.rows[tick + 1] < 0 if tick + 1 < self.ticks else np.ones(self.batch, dtype=bool)
+
     def digest(self) -> str:
         """Hash of everything that decides the result, given the network and the seeds."""
         sha = hashlib.sha256()

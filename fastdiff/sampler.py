@@ -5,7 +5,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from fastdiff import loop
@@ -186,6 +185,4 @@ def _is_mix(prediction: object) -> bool:
 
 
 def _snapshot(run: loop.Run, tick: int) -> Step:
-    plan = run.carry.plan
-    done = plan.rows[tick + 1] < 0 if tick + 1 < plan.ticks else np.ones(plan.batch, dtype=bool)
-    return Step(tick, run.state(copy=True), torch.from_numpy(done))
+    return Step(tick, run.state(copy=True), torch.from_numpy(run.carry.plan.finished(tick)))

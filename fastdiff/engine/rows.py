@@ -1,0 +1,122 @@
+"""Rows: requests that run together, in places that they take and leave."""
+
+import threading
+
+import numpy as np
+import torch
+
+from fastdiff.calls import ModelCalls
+from fastdiff.conditioning import Conditioning
+from fastdiff.engine.kind import Kind
+from fastdiff.engine.places import Line, Places
+from fastdiff.engine.request import Request
+from fastdiff.initial import initial_leaves
+from fastdiff.sampler import Sampler, Step
+
+Tensor = torch.Tensor
+
+
+class Rows:
+    """Requests of one kind: they share every call of the network and every launch of the step kernel.
+
+    A sample that has finished gives its place to the next one; a step leaves free places alone. Nothing but the network
+    sees several samples at once, so a sample's bits are those of `Sampler.sample` for it alone wherever the network's are.
+
+    most  how many places there may be
+    """
+
+    def __init__(self, sampler: Sampler, kind: Kind, most: int) -> None:
+        self.kind, self.requests = kind, []
+        self._sampler, self._most = sampler, most
+        self._lock = threading.Lock()  # held while states change
+        self._free: list[int] = []
+        self._places: Places | None = None
+        self._calls: ModelCalls | None = None
+
+    def join(self, request: Request) -> None:
+        """Takes a request in, at the noise it starts from."""
+        given, plan, device = request.arguments, request.plan, request.arguments.start.seed.device
+        model_dtype = given.options.resolve_model_dtype(self._sampler.net)
+        leaves = initial_leaves(given.start, request.aux, plan, given.options.dtype, model_dtype)
+        alone = self._model_calls(request, given.conditioning, torch.zeros(plan.branches, plan.batch))
+        alone.prepare(torch.from_numpy(plan.time).to(device, torch.float32), leaves)
+        with self._lock:
+            self._reserve(request, leaves)
+            places, self._free = self._free[: plan.batch], self._free[plan.batch :]
+            at = torch.tensor(places, device=device)
+            self._places.put(at, leaves, request.aux, given.conditioning.tensors, given.start.seed)
+            self._calls.renew()
+            request.begin(self, np.array(places), [leaf.x for leaf in leaves])
+            self.requests.append(request)
+
+    @property
+    def in_use(self) -> int:
+        """How many places are taken."""
+        return self._places.sizes[0] - len(self._free)
+
+    def leave(self, request: Request) -> None:
+        """Frees the places that a request still has."""
+        with self._lock:
+            self._take_out(request, np.ones(len(request.places), dtype=bool))
+            self.requests.remove(request)
+            request.end()
+
+    def step(self, requests: list[Request]) -> tuple[int, int]:
+        """One call of the network and one step of these requests; where the network raises, none of them has changed.
+
+        Returns the number of samples and that of the rows that the network was given.
+        """
+        places = self._places
+        line = Line.of(requests, places.sizes[0], places.sizes[2])
+        self._calls.select(line.weights)
+        time = torch.from_numpy(line.time).to(places.seed.device, torch.float32)
+        outputs = self._calls.evaluate(places.leaves, time)
+        with self._lock:
+            places.step(line, outputs)
+            for request in requests:
+                done = request.plan.finished(request.tick)
+                request.tick += 1
+                self._take_out(request, done)
+        return int(np.count_nonzero(line.rows >= 0)), int(np.count_nonzero(line.weights))
+
+    def last_step(self, request: Request) -> Step | None:
+        """The last step of a request; its tensors are copies."""
+        with self._lock:
+            x = [leaf.clone() for leaf in request.x]
+            self._copy_out(request, x, request.places >= 0)
+            return request.step(x)
+
+    def _take_out(self, request: Request, which: np.ndarray) -> None:
+        """Copies samples of a request to where its result is gathered, and frees their places."""
+        which = which & (request.places >= 0)
+        if which.any():
+            index, at = self._copy_out(request, request.x, which)
+            request.bad[index] = self._places.bad[at]
+            self._free = sorted([*self._free, *request.places[which].tolist()])
+            request.places[which] = -1
+
+    def _copy_out(self, request: Request, x: list[Tensor], which: np.ndarray) -> tuple[Tensor, Tensor]:
+        device = request.bad.device
+        index = torch.from_numpy(np.flatnonzero(which)).to(device)
+        at = torch.from_numpy(request.places[which]).to(device)
+        for own, leaf in zip(x, self._places.leaves, strict=True):
+            own[index] = leaf.x[at]
+        return index, at
+
+    def _reserve(self, request: Request, leaves: list) -> None:
+        """Makes room where the request needs more places, history slots or branches than there are."""
+        given, plan, old = request.arguments, request.plan, self._places
+        R, S, J = old.sizes if old else (0, 0, 1)
+        rows = R if plan.batch <= len(self._free) else min(max(R + plan.batch - len(self._free), 2 * R), self._most)
+        sizes = rows, max(S, plan.slots), max(J, plan.branches)
+        if sizes == (R, S, J):
+            return
+        self._free += range(R, rows)
+        fresh = (leaves, request.aux, given.conditioning.tensors)
+        self._places = old.enlarged(*sizes) if old else Places(*fresh, *sizes)
+        conditioning = Conditioning(self._places.conditioning, given.conditioning.others)
+        self._calls = self._model_calls(request, conditioning, self._places.source)
+
+    def _model_calls(self, request: Request, conditioning: Conditioning, source: Tensor) -> ModelCalls:
+        sampler = self._sampler
+        return ModelCalls(sampler.net, conditioning, request.arguments.start.structure, sampler.micro_batch, source)
