@@ -222,10 +222,10 @@ def test_activations_of_bfloat16_results_are_rounded_numbers(activation):
     half = 2.0 ** (torch.frexp(truth)[1] - 9)  # of the last bit
     error = (got - truth).abs() / half.clamp(min=2.0**-126)
     assert error[(truth >= 0) | (truth < -0.0041)].max() < 1.03
-    assert ((got - truth).abs() - half).max() < 1e-5
+    assert ((got - truth).abs() - half).max() < 5e-7
     x = torch.tensor([[torch.inf], [-torch.inf], [torch.nan]])
     ends = linear(x, packing.pack(torch.ones(1, 1)), 1, None, activation, None, None, torch.bfloat16)[:, 0]
-    assert ends[0] == torch.inf and ends[2].isnan()
+    assert ends[0] == torch.inf and -1e-20 < ends[1] <= 0 and ends[2].isnan()
 
 
 def test_layers_can_be_recorded():
