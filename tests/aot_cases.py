@@ -9,14 +9,18 @@ from triton.compiler import ASTSource
 from fastdiff.kernels import (
     activate,
     copy,
+    depthwise_conv2d,
     gram,
     group_norm,
+    linear_attention,
     norm_modulate,
     philox_normal,
     qk_norm_rope,
     quantize_rows,
+    quantize_static,
     resample,
     row_blocks,
+    scale_channels,
     solver_step,
 )
 
@@ -138,7 +142,7 @@ def _rope(head_dim: int, interleaved: bool):
     heads, pairs = qk_norm_rope.heads_and_pairs(24, head_dim)
     types = {f"{name}_ptr": "*bf16" for name in ("x", "weight", "cos", "sin", "out")}
     constants = {"NORM": True, "INTERLEAVED": interleaved, "HEADS": heads, "PAIRS": pairs}
-    aligned = ("n", "half", "x_stride_b", "x_stride_n", "x_stride_h")
+    aligned = ("n", "half", "x_stride_b", "x_stride_n", "x_stride_h", "out_stride_b")
     aligned += tuple(f"{name}_stride_{d}" for name in ("cos", "sin") for d in "bn")
     return source(qk_norm_rope.qk_norm_rope_kernel, types, constants, aligned), qk_norm_rope.OPTIONS
 
@@ -171,6 +175,40 @@ def _copy(transposed: bool, out: str):
     aligned = ("size_a", "size_b", "from_a", "from_b", "to_a")
     aligned += tuple(f"{name}{i}" for name in ("from", "to") for i in range(copy.OUTER))
     return source(copy.copy_kernel, {"x_ptr": "*bf16", "out_ptr": out}, constants, aligned), copy.OPTIONS
+
+
+def _scale():
+    ROWS, COLUMNS = row_blocks.tile_of(1152)
+    types = {"x_ptr": "*bf16", "factor_ptr": "*fp32", "out_ptr": "*bf16"}
+    made = source(scale_channels.scale_channels_kernel, types, {"ROWS": ROWS, "COLUMNS": COLUMNS}, ("n", "x_stride"))
+    return made, scale_channels.OPTIONS
+
+
+def _static(offset: bool):
+    ROWS, COLUMNS = row_blocks.tile_of(320)
+    types = {"x_ptr": "*bf16", "scale_ptr": "*fp32", "offset_ptr": "*fp32", "codes_ptr": "*i8"}
+    constants = {"ROWS": ROWS, "COLUMNS": COLUMNS} | ({} if offset else {"offset_ptr": None})
+    made = source(quantize_static.quantize_static_kernel, types, constants, ("n", "width", "x_stride"))
+    return made, quantize_static.OPTIONS
+
+
+def _depthwise(gated: bool):
+    types = {"x_ptr": "*bf16", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "out_ptr": "*bf16"}
+    constants = {"GATED": gated, "PIXELS": depthwise_conv2d.PIXELS, "CHANNELS": depthwise_conv2d.CHANNELS}
+    made = source(depthwise_conv2d.depthwise_conv2d_kernel, types, constants, ("channels", "n"))
+    return made, depthwise_conv2d.OPTIONS
+
+
+def _linear_attention(kernel: str, head_dim: int, dtype: str):
+    sizes = linear_attention.sizes_of(head_dim)
+    types = {f"{name}_ptr": "*" + dtype for name in ("q", "k", "v", "out")}
+    types |= {"sums_ptr": "*fp32", "totals_ptr": "*fp32"}
+    constants = {"D": head_dim, "WIDTH": sizes.width, "PART": sizes.part, "PIECES": linear_attention.PIECES}
+    constants |= {"KEYS": linear_attention.KEYS, "QUERIES": linear_attention.QUERIES}
+    made = getattr(linear_attention, f"linear_attention{kernel}_kernel")
+    constants = {name: value for name, value in constants.items() if name in made.arg_names}
+    aligned = tuple(f"{name}_stride_{d}" for name in "qkv" for d in "bnmh")
+    return source(made, types, constants, aligned), sizes.options
 
 
 def _rows() -> Iterator[tuple[str, Case]]:
@@ -218,6 +256,19 @@ def _images() -> Iterator[tuple[str, Case]]:
     yield "copy: squares, cast", Case(lambda: _copy(True, "*fp32"), wide=4)
 
 
+def _small() -> Iterator[tuple[str, Case]]:
+    yield "scale_channels", Case(_scale, wide=2)
+    yield "quantize_static", Case(lambda: _static(False), wide=2)
+    yield "quantize_static: offset", Case(lambda: _static(True), (90,), wide=2)
+    yield "depthwise_conv2d: none", Case(lambda: _depthwise(False), (90,), wide=9)
+    yield "depthwise_conv2d: swiglu", Case(lambda: _depthwise(True), wide=18)
+    for head_dim, dtype, archs in ((32, "bf16", ARCHS), (256, "bf16", (80, 90)), (64, "fp32", (80, 90))):
+        label = f"{head_dim}, {dtype}"
+        sums = lambda d=head_dim, t=dtype: _linear_attention("_sums", d, t)
+        yield f"linear_attention_sums: {label}", Case(sums, archs)
+        yield f"linear_attention: {label}", Case(lambda d=head_dim, t=dtype: _linear_attention("", d, t), archs)
+
+
 MEMORY = {
     **{
         f"activate: {kind}": Case(lambda k=kind: _activate(k, False), wide=1) for kind in ("gelu", "gelu_tanh", "silu")
@@ -228,4 +279,5 @@ MEMORY = {
     "qk_norm_rope: 128, halves": Case(lambda: _rope(128, False), wide=2),
     "qk_norm_rope: 64, pairs": Case(lambda: _rope(64, True), (90,), wide=1),
     **dict(_images()),
+    **dict(_small()),
 }

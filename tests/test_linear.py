@@ -225,7 +225,7 @@ def test_activations_of_bfloat16_results_are_rounded_numbers(activation):
     assert ((got - truth).abs() - half).max() < 5e-7
     x = torch.tensor([[torch.inf], [-torch.inf], [torch.nan]])
     ends = linear(x, packing.pack(torch.ones(1, 1)), 1, None, activation, None, None, torch.bfloat16)[:, 0]
-    assert ends[0] == torch.inf and -1e-20 < ends[1] <= 0 and ends[2].isnan()
+    assert ends[0] == torch.inf and -1e-18 < ends[1] <= 0 and ends[2].isnan()
 
 
 def test_layers_can_be_recorded():

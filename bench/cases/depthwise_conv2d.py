@@ -9,6 +9,7 @@ from bench.cases import Case
 from fastdiff.ops import depthwise_conv2d
 
 SHAPES = ((2, 32, 32, 11200), (1, 32, 32, 5760))  # Sana of 1.6 and 0.6 billion parameters
+GPU_SHAPES = ((2, 32, 32, 11200), (2, 128, 128, 11200))  # at 1024 and 4096 pixels
 
 
 def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from bench.cases import Case
 from fastdiff.ops import join_heads
 
 SHAPES = ((2, 77, 256, 24, 64), (1, 512, 4096, 24, 128))
+GPU_SHAPES = ((2, 333, 4096, 24, 64), (1, 512, 4096, 24, 128))
 
 
 def _plain(first, second, weight, cos, sin):

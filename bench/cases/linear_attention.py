@@ -8,6 +8,7 @@ from bench.cases import Case
 from fastdiff.ops import linear_attention
 
 SHAPES = ((2, 1024, 70, 32), (1, 4096, 36, 32))  # Sana of 1.6 and 0.6 billion parameters
+GPU_SHAPES = ((2, 1024, 70, 32), (2, 16384, 70, 32))  # at 1024 and 4096 pixels
 
 
 def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

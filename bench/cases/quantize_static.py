@@ -8,6 +8,7 @@ from bench.cases import Case
 from fastdiff.ops import quantize_static
 
 SHAPES = ((2, 256, 384), (8, 1024, 128), (1, 4096, 320))
+GPU_SHAPES = ((2, 16384, 320), (2, 1024, 1280))
 
 
 def cases(device: str, shapes: tuple = (), dtype: torch.dtype = torch.float32) -> Iterator[Case]:

@@ -8,6 +8,7 @@ from bench.cases import Case
 from fastdiff.ops import scale_channels
 
 SHAPES = ((512, 384), (4096, 320), (512, 1152))
+GPU_SHAPES = ((4608, 3072), (8192, 640))
 
 
 def cases(device: str, shapes: tuple = (), dtype: torch.dtype = torch.float32) -> Iterator[Case]:

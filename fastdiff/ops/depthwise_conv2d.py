@@ -49,12 +49,11 @@ def depthwise_conv2d(
     return y.to(result_dtype(x, out_dtype)).contiguous()
 
 
-@depthwise_conv2d.variant(
-    "cpu",
-    devices=("cpu",),
-    missing=native.cpu_missing,
-    refuse=lambda x, *rest: None if x.is_contiguous() else "x must be contiguous",
-)
+def _refuse(x: torch.Tensor, *rest) -> str | None:
+    return None if x.is_contiguous() else "x must be contiguous"
+
+
+@depthwise_conv2d.variant("cpu", devices=("cpu",), missing=native.cpu_missing, refuse=_refuse)
 def _(x, weight, bias, activation, out_dtype):
     gated = activation == "swiglu"
     out = memory.empty((*x.shape[:3], x.shape[3] // 2 if gated else x.shape[3]), out_dtype)
@@ -63,6 +62,16 @@ def _(x, weight, bias, activation, out_dtype):
             *(out.data_ptr(), native.TYPE_CODES[out_dtype], x.data_ptr(), native.TYPE_CODES[x.dtype]),
             *(weight.data_ptr(), 0 if bias is None else bias.data_ptr(), gated, *x.shape),
         )
+    return out
+
+
+@depthwise_conv2d.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=_refuse)
+def _(x, weight, bias, activation, out_dtype):
+    from fastdiff.kernels.depthwise_conv2d import depthwise_conv2d_triton
+
+    gated = activation == "swiglu"
+    out = memory.empty((*x.shape[:3], x.shape[3] // 2 if gated else x.shape[3]), out_dtype, x.device)
+    depthwise_conv2d_triton(out, x, weight, bias, gated)
     return out
 
 

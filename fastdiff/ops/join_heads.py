@@ -84,6 +84,18 @@ def _(first, second, weight_first, weight_second, eps, cos, sin, out_dtype):
     return out
 
 
+@join_heads.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=_refuse)
+def _(first, second, weight_first, weight_second, eps, cos, sin, out_dtype):
+    from fastdiff.kernels.qk_norm_rope import qk_norm_rope_triton
+
+    B, N, H, D = first.shape
+    out = memory.empty((B, N + second.shape[1], H, D), out_dtype, first.device)
+    for x, weight, rows in _streams(first, second, weight_first, weight_second):
+        turned = (None, None) if cos is None else (cos[rows], sin[rows])
+        qk_norm_rope_triton(out[:, rows], x, weight, eps, *turned, True)
+    return out
+
+
 @join_heads.sample
 def _(device):
     generator = torch.Generator().manual_seed(0)

@@ -56,6 +56,15 @@ def _(q, k, v, eps):
     return out
 
 
+@linear_attention.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=_refuse)
+def _(q, k, v, eps):
+    from fastdiff.kernels.linear_attention import linear_attention_triton
+
+    out = memory.empty(q.shape, q.dtype, q.device)
+    linear_attention_triton(out, q, k, v, eps)
+    return out
+
+
 @linear_attention.sample
 def _(device):
     generator = torch.Generator().manual_seed(0)

@@ -65,6 +65,15 @@ def _(x, scale, offset, tail):
     return codes
 
 
+@quantize_static.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=_refuse)
+def _(x, scale, offset, tail):
+    from fastdiff.kernels.quantize_static import quantize_static_triton
+
+    codes = memory.empty((*x.shape[:-1], x.shape[-1] + tail), torch.int8, x.device)
+    quantize_static_triton(codes, x, scale, offset, row_stride(x))
+    return codes
+
+
 @quantize_static.sample
 def _(device):
     generator = torch.Generator().manual_seed(0)

@@ -47,6 +47,15 @@ def _(x, factor, out_dtype):
     return out
 
 
+@scale_channels.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=_refuse)
+def _(x, factor, out_dtype):
+    from fastdiff.kernels.scale_channels import scale_channels_triton
+
+    out = memory.empty(x.shape, out_dtype, x.device)
+    scale_channels_triton(out, x, factor, row_stride(x))
+    return out
+
+
 @scale_channels.sample
 def _(device):
     generator = torch.Generator().manual_seed(0)

@@ -29,6 +29,7 @@ def qk_norm_rope_kernel(
     cos_stride_n,
     sin_stride_b,
     sin_stride_n,
+    out_stride_b,
     eps,
     NORM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -46,7 +47,7 @@ def qk_norm_rope_kernel(
     head = (program % tiles) * HEADS + tl.arange(0, HEADS)[:, None]
     exists = head < heads
     source = x_ptr + b * x_stride_b + token * x_stride_n + head * x_stride_h
-    target = out_ptr + (row.to(tl.int64) * heads + head) * n
+    target = out_ptr + b * out_stride_b + (token * heads + head) * n
     x0, x1 = _pairs(source, exists, n, half, HEADS, PAIRS, INTERLEAVED)
     x0, x1 = x0.to(tl.float32), x1.to(tl.float32)
     if NORM:
@@ -113,7 +114,7 @@ def qk_norm_rope_triton(
     sin: torch.Tensor | None,
     interleaved: bool,
 ) -> None:
-    """Fills contiguous out [B, N, H, D]."""
+    """Fills out [B, N, H, D], the tokens of a sample one after another."""
     B, N, H, D = x.shape
     if x.numel() == 0:
         return
@@ -122,6 +123,7 @@ def qk_norm_rope_triton(
     steps = lambda v: (0, 0) if v is None else (0, *v.stride())[-3:-1]  # of sample and token
     qk_norm_rope_kernel[(B * N * tiles,)](
         *(x, weight, cos, sin, out, N, H, D, (D + 1) // 2, tiles, *x.stride()[:3], *steps(cos), *steps(sin)),
+        out.stride(0),
         0.0 if eps is None else eps,
         NORM=eps is not None,
         INTERLEAVED=interleaved and cos is not None,

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import triton
 
 MAX_COLUMNS = 16_384  # of a row that stays in registers
+TILE, MAX_TILE_COLUMNS = 2048, 1024  # elements of a tile for 4 warps: two 16-byte loads of bfloat16 a thread
 
 
 class RowBlock(NamedTuple):
@@ -33,3 +34,9 @@ def row_block(n: int) -> RowBlock:
     """The entry for rows of n elements; the last one for longer rows."""
     columns = triton.next_power_of_2(n)
     return next((block for block in ROW_BLOCKS if block.columns >= columns), ROW_BLOCKS[-1])
+
+
+def tile_of(n: int) -> tuple[int, int]:
+    """Rows and columns of a tile, for kernels that need no whole rows of n elements."""
+    columns = min(max(triton.next_power_of_2(n), 16), MAX_TILE_COLUMNS)
+    return TILE // columns, columns
