@@ -1,4 +1,5 @@
-"""`python -m bench.gpu [--quick] [--out FILE.jsonl] [--budget SECONDS]`: checks every kernel on a CUDA machine, then times it.
+"""`python -m bench.gpu [--quick] [--out FILE.jsonl] [--budget SECONDS]`: checks every kernel on a CUDA machine, then times
+it, and whole networks where diffusers is installed.
 
 Records go to bench/results/<gpu>-<date>.jsonl as they are made, a Markdown table to the terminal. Exit code 1 when a check
 fails (nothing is timed then), 2 without a GPU.
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from bench.gpu_checks import check_cases, check_graph, check_graphs, check_memory, check_numbers
+from bench.gpu_networks import NETWORKS, network_timings
 from bench.gpu_ops import op_timings
 from bench.gpu_solver import SHAPES, call, solver_timings
 from bench.timing import header, memory_bandwidth
@@ -68,6 +70,7 @@ def _checks(quick: bool) -> Iterator[dict]:
 def _timings(bandwidth: float, seconds: float, deadline: float) -> Iterator[dict]:
     yield from solver_timings("cuda", bandwidth, seconds)
     yield from op_timings("cuda", bandwidth, seconds, deadline)
+    yield from network_timings(NETWORKS, "cuda", bandwidth, seconds, deadline)
 
 
 TABLE_HEAD = "| op | case | contender | us | p10 | p90 | % of copy | TFLOP/s |\n|---|---|---|---|---|---|---|---|"

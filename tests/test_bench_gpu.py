@@ -6,8 +6,9 @@ import time
 import pytest
 import torch
 
-from bench import gpu, gpu_checks, gpu_ops
+from bench import gpu, gpu_checks, gpu_networks, gpu_ops
 from bench.cases import Case
+from bench.models.workloads import WORKLOADS
 from fastdiff.ops import OPS
 from fastdiff.ops.registry import forced_backend
 
@@ -29,7 +30,7 @@ def small(monkeypatch):
     monkeypatch.setattr(gpu_ops, "OPS", {name: OPS[name] for name in ("quantize_rows", "solver_step")})
     monkeypatch.setattr(gpu_ops, "FLIGHT", 100.0)
     monkeypatch.setattr("bench.cases.quantize_rows.GPU_SHAPES", ((3, 8),))
-    monkeypatch.setattr(torch, "compile", lambda function: function)  # seconds that the suite's logic does not need
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # seconds that the suite's logic does not need
 
 
 def test_ops_with_shapes_have_them_in_their_case_file():
@@ -46,6 +47,19 @@ def test_timings_name_every_contender_and_every_refusal(small):
     for record in records:
         line = gpu.table_line(record)
         assert line.startswith("| quantize_rows | ") and ("skipped" in line) == ("skipped" in record)
+
+
+def test_networks_are_timed_beside_torch(small):
+    workload = WORKLOADS["dit_tiny"]
+    records = list(gpu_networks.network_timings([workload], "cpu", 1e10, 0.01, time.monotonic() + 60))
+    assert [r["contender"] for r in records] == [*gpu_networks.FIRST, *gpu_networks.SECOND]
+    for record in records:
+        assert 1e-4 < record["relative_error"] < 3e-2 and record["median_us"] > 0 and record["tflops"] > 0
+        assert gpu.table_line(record).startswith("| network | dit_tiny | ")
+    torch16, ours16, ours8 = (record["weights"] for record in records[:3])
+    assert ours8 < ours16 < torch16  # what depends on the timestep only is not read in a call
+    late = list(gpu_networks.network_timings([workload], "cpu", 1e10, 0.01, time.monotonic() - 1))
+    assert len(late) == 5 and all("no time left" in gpu.table_line(record) for record in late)
 
 
 def test_no_time_left_is_said_per_shape(small):

@@ -19,6 +19,7 @@ from bench.models.architectures import (
     sana,
     sd3_medium,
     sd15,
+    sdxl,
     seeded,
     vae_decoder,
     wan,
@@ -72,6 +73,10 @@ def _labels(classes: int) -> Callable:
     return lambda batch, generator: torch.arange(batch) % classes
 
 
+def _vector(width: int) -> Callable:
+    return lambda batch, generator: torch.randn(batch, width, generator=generator)
+
+
 def _text(tokens: int, width: int) -> Callable:
     return lambda batch, generator: torch.randn(batch, tokens, width, generator=generator)
 
@@ -87,6 +92,11 @@ def _call_dit(module, x, t, y):
 
 def _call_unet(module, x, t, *text):
     return module(x, t, *text, return_dict=False)[0]
+
+
+def _call_sdxl(module, x, t, text, pooled):
+    sizes = torch.tensor([[1024, 1024, 0, 0, 1024, 1024]], device=x.device, dtype=x.dtype).expand(len(x), -1)
+    return module(x, t, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}, return_dict=False)[0]
 
 
 def _call_masked(module, x, t, text, mask):
@@ -159,8 +169,7 @@ def _make_bundled(kind: str, batch: int, sampling: bool = False) -> Workload:
 
 def _joints() -> tuple[Workload, ...]:
     """Stable Diffusion 3 Medium and FLUX.1 at 512 pixels, few of their blocks; the decoder of their likes at 256."""
-    vector = lambda width: lambda batch, generator: torch.randn(batch, width, generator=generator)
-    conditions = lambda tokens, width: (_text(tokens, 4096), vector(width))
+    conditions = lambda tokens, width: (_text(tokens, 4096), _vector(width))
     return (
         _make_context(
             "sd3_medium_4blocks",
@@ -215,6 +224,27 @@ def _contexts() -> tuple[Workload, ...]:
     )
 
 
+def _large() -> tuple[Workload, ...]:
+    """SDXL, Stable Diffusion 3 Medium and FLUX.1 as a whole at 1024 pixels: for GPUs."""
+    unet = functools.partial(seeded, sdxl)
+    given = _latents((2, 4, 128, 128), _text(77, 2048), _vector(1280))
+    return (
+        Workload("sdxl_128", unet, given, _call_sdxl, "channels", "sdxl_128", calibration=2),
+        _make_context(
+            "sd3_medium",
+            functools.partial(sd3_medium, 24),
+            _latents((2, 16, 128, 128), _text(333, 4096), _vector(2048)),
+            _call_sd3,
+        ),
+        _make_context(
+            "flux",
+            functools.partial(flux, 19, 38),
+            _latents((1, 4096, 64), _text(512, 4096), _vector(768)),
+            _call_flux,
+        ),
+    )
+
+
 def _make_pipelines() -> list[Workload]:
     """Whole calls around denoisers that are also timed alone."""
     denoisers = {"sd15_pipeline": _make_sd15(32), "dit_xl2_pipeline": _make_dit("dit_xl2", 16, 72, 28, 32, 1000)}
@@ -231,6 +261,7 @@ _ALL = (
     *(_make_ddpm(batch) for batch in (1, 8)),
     *_contexts(),
     *_joints(),
+    *_large(),
     *(_make_bundled(kind, batch) for kind in ("dit", "unet") for batch in (1, 16)),
     *(_make_bundled(kind, batch, sampling=True) for kind in ("dit", "unet") for batch in (1, 16)),
     *_make_pipelines(),
