@@ -260,7 +260,7 @@ class Running:
 
 def _device(module: nn.Module) -> torch.device:
     """Where all weights of a module are."""
-    devices = {p.device for p in module.parameters()}
+    devices = {t.device for t in (*module.parameters(), *module.buffers())}
     if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
         raise UnsupportedError(f"weights on {' and '.join(sorted(map(str, devices))) or 'no device'}")
     return devices.pop()
