@@ -49,6 +49,7 @@ def test_timings_name_every_contender_and_every_refusal(small):
         assert line.startswith("| quantize_rows | ") and ("skipped" in line) == ("skipped" in record)
 
 
+@pytest.mark.slow
 def test_networks_are_timed_beside_torch(small):
     workload = WORKLOADS["dit_tiny"]
     records = list(gpu_networks.network_timings([workload], "cpu", 1e10, 0.01, time.monotonic() + 60))
