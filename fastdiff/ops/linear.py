@@ -3,7 +3,7 @@
 import torch
 
 from fastdiff.ops import native, onednn
-from fastdiff.ops.linear_call import FLOATS, check_call, columns, finish, run
+from fastdiff.ops.linear_call import FLOATS, check_call, columns, finish, refuse_triton, run, run_triton
 from fastdiff.ops.linear_samples import BF16, F16, F32, layouts, samples
 from fastdiff.ops.packing import holds, pack, padded_columns, refuse_rows, unpack
 from fastdiff.ops.registry import op
@@ -77,10 +77,25 @@ def _refuse_onednn(x, weight, *rest):
 linear.variant("onednn", ("cpu",), onednn.onednn_missing, _refuse_onednn)(onednn.run_linear)
 
 
+def _refuse_triton(x, weight, *rest):
+    return refuse_triton(x, weight, rest[-1])
+
+
+@linear.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=_refuse_triton)
+def _(x, weight, out_features, bias, activation, gate, residual, out_dtype):
+    rest = (out_features, bias, activation, gate, residual, None, out_dtype)
+    return run_triton(x, None, weight, None, 0, weight.dtype, *rest)
+
+
 @linear.sample
 def _(device):
     for layout in layouts(device):
-        for weight_dtype in (F32, BF16, F16) if layout == "rows" else (F32, BF16):
-            for s in samples(device):
-                packed = pack(s.weight.to(weight_dtype), layout)
-                yield s.x, packed, s.out_features, s.bias, s.activation, s.gate, s.residual, s.out_dtype
+        for weight_dtype in (F32, BF16):
+            yield from _samples(device, weight_dtype, layout)
+    yield from list(_samples(device, F16, "rows"))[4::3]
+
+
+def _samples(device, weight_dtype, layout):
+    for s in samples(device):
+        packed = pack(s.weight.to(weight_dtype), layout)
+        yield s.x, packed, s.out_features, s.bias, s.activation, s.gate, s.residual, s.out_dtype

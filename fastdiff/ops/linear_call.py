@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from fastdiff.ops import memory, native
+from fastdiff.ops.packing import refuse_panels
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 ACTIVATIONS = {
@@ -131,3 +132,39 @@ def run(kernel, x, x_scale, weight, weight_scale, weight_sum, group, out_feature
         at(out_scale), out.data_ptr(), codes[out_dtype],
     )  # fmt: skip
     return out
+
+
+def refuse_triton(x, weight, out_dtype, *scales) -> str | None:
+    """Why the Triton kernel cannot serve a call, or None."""
+    if torch.float64 in (x.dtype, weight.dtype, out_dtype, *(s.dtype for s in scales)):
+        return "computes in float32"
+    return refuse_panels(weight)
+
+
+def run_triton(x, x_scale, weight, weight_scale, group, dtype, out_features, bias, activation, gate, residual,
+               out_scale, out_dtype) -> torch.Tensor:  # fmt: skip
+    """Calls the Triton kernel; `dtype` is what it multiplies, int8 for codes of x."""
+    from fastdiff.kernels.linear_launch import linear_triton
+
+    out = memory.empty((*x.shape[:-1], columns(out_features, activation)), out_dtype, x.device)
+    step = 0 if residual is None else row_stride(residual)
+    linear_triton(
+        out, x, row_stride(x), x_scale, weight, weight_scale, group, dtype, bias, activation, gate, residual, step,
+        out_scale,
+    )  # fmt: skip
+    return out
+
+
+def triton_codes(x: torch.Tensor, x_scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of rows and their scales by Triton kernels, as `quantize_rows` makes them; codes stay what they are."""
+    from fastdiff.kernels.linear_expand import static_codes
+    from fastdiff.kernels.quantize_rows import quantize_rows_triton
+
+    if x.dtype == torch.int8:
+        return x, x_scale
+    if x_scale is not None:
+        return static_codes(x, x_scale, row_stride(x)), x_scale
+    codes = memory.empty(x.shape, torch.int8, x.device)
+    scales = memory.empty(x.shape[:-1], torch.float32, x.device)
+    quantize_rows_triton(codes, scales, x, row_stride(x))
+    return codes, scales

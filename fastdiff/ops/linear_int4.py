@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from fastdiff.ops.linear_call import FLOATS, check_scales
+from fastdiff.ops.linear_call import FLOATS, check_scales, refuse_triton
 from fastdiff.ops.packing import holds_int4, pack_int4, padded_columns, unpack_int4
 
 
@@ -17,6 +17,13 @@ def check_int4(op, x, weight, weight_scale, group, out_features, activation) -> 
     if group < 8 or group % 8 or K % group:
         raise ValueError(f"{op}: group must be a multiple of 8 that divides K = {K}, got {group}")
     check_scales(op, weight_scale, padded_columns(weight), out_features, activation, K // group)
+
+
+def refuse_triton_int4(x, weight, weight_scale, out_features, group, *rest) -> str | None:
+    """Why the Triton kernel cannot serve a call, or None."""
+    if group % 32:
+        return f"tensor cores add up 32 k at least, and a scale is shared by {group}"
+    return refuse_triton(x, weight, rest[-1], weight_scale)
 
 
 def group_sums(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, group: int) -> torch.Tensor:

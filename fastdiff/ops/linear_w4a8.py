@@ -3,8 +3,8 @@
 import torch
 
 from fastdiff.ops import native
-from fastdiff.ops.linear_call import check_call, columns, finish, quantize_rows, run
-from fastdiff.ops.linear_int4 import check_int4, group_sums, quantized_int4
+from fastdiff.ops.linear_call import check_call, columns, finish, quantize_rows, run, run_triton, triton_codes
+from fastdiff.ops.linear_int4 import check_int4, group_sums, quantized_int4, refuse_triton_int4
 from fastdiff.ops.linear_samples import layouts, samples
 from fastdiff.ops.packing import padded_columns, refuse_rows
 from fastdiff.ops.registry import op
@@ -70,6 +70,12 @@ def _(x, weight, weight_scale, out_features, group, bias, activation, gate, resi
         native.cpu().linear_w4a8, x, None, weight, weight_scale, None, group, out_features, bias, activation, gate, residual,
         None, out_dtype,
     )  # fmt: skip
+
+
+@linear_w4a8.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=refuse_triton_int4)
+def _(x, weight, weight_scale, out_features, group, bias, activation, gate, residual, out_dtype):
+    rest = (out_features, bias, activation, gate, residual, None, out_dtype)
+    return run_triton(*triton_codes(x, None), weight, weight_scale, group, torch.int8, *rest)
 
 
 @linear_w4a8.sample

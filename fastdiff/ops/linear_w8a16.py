@@ -4,7 +4,17 @@ import torch
 import torch.nn.functional as F
 
 from fastdiff.ops import native
-from fastdiff.ops.linear_call import FLOATS, check_call, check_scales, columns, finish, rounded, run
+from fastdiff.ops.linear_call import (
+    FLOATS,
+    check_call,
+    check_scales,
+    columns,
+    finish,
+    refuse_triton,
+    rounded,
+    run,
+    run_triton,
+)
 from fastdiff.ops.linear_samples import layouts, samples
 from fastdiff.ops.linear_w8a8 import quantized
 from fastdiff.ops.packing import holds, padded_columns, refuse_rows, unpack
@@ -73,6 +83,16 @@ def _(x, weight, weight_scale, out_features, bias, activation, gate, residual, o
         native.cpu().linear_w8a16, x, None, weight, weight_scale, None, 0, out_features, bias, activation, gate, residual,
         None, out_dtype,
     )  # fmt: skip
+
+
+def _refuse_triton(x, weight, weight_scale, *rest):
+    return refuse_triton(x, weight, rest[-1], weight_scale)
+
+
+@linear_w8a16.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=_refuse_triton)
+def _(x, weight, weight_scale, out_features, bias, activation, gate, residual, out_dtype):
+    rest = (out_features, bias, activation, gate, residual, None, out_dtype)
+    return run_triton(x, None, weight, weight_scale, 0, x.dtype, *rest)
 
 
 @linear_w8a16.sample

@@ -4,7 +4,18 @@ import torch
 import torch.nn.functional as F
 
 from fastdiff.ops import native
-from fastdiff.ops.linear_call import FLOATS, check_call, check_scales, columns, finish, quantize_rows, run
+from fastdiff.ops.linear_call import (
+    FLOATS,
+    check_call,
+    check_scales,
+    columns,
+    finish,
+    quantize_rows,
+    refuse_triton,
+    run,
+    run_triton,
+    triton_codes,
+)
 from fastdiff.ops.linear_samples import layouts, samples
 from fastdiff.ops.packing import holds, pack, padded_columns, refuse_rows, unpack, weight_sums
 from fastdiff.ops.registry import op
@@ -93,6 +104,19 @@ def _(
         native.cpu().linear_w8a8, x, x_scale, weight, weight_scale, weight_sum, 0, out_features, bias, activation, gate,
         residual, out_scale, out_dtype,
     )  # fmt: skip
+
+
+def _refuse_triton(x, x_scale, weight, weight_scale, *rest):
+    return refuse_triton(x, weight, rest[-1], weight_scale)
+
+
+@linear_w8a8.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=_refuse_triton)
+def _(
+    x, x_scale, weight, weight_scale, weight_sum, out_features, bias, activation, gate, residual, out_scale, out_dtype
+):
+    codes, scale = triton_codes(x, x_scale)
+    rest = (out_features, bias, activation, gate, residual, out_scale, out_dtype)
+    return run_triton(codes, scale, weight, weight_scale, 0, torch.int8, *rest)
 
 
 def quantized(weight: torch.Tensor, layout: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,0 +1,130 @@
+"""Chooses how a linear layer is computed and launches it."""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from fastdiff.kernels import linear_tiles
+from fastdiff.kernels.attention_launch import family
+from fastdiff.kernels.linear import linear_kernel
+from fastdiff.kernels.linear_expand import expand
+from fastdiff.kernels.linear_tiles import FEW_ROWS, Tile
+from fastdiff.kernels.rounding import INTERPRETED
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8}
+_KINDS = {"geglu": "gelu", "geglu_tanh": "gelu_tanh", "swiglu": "silu"}  # of pairs: what the gate goes through
+
+
+def linear_triton(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    x_stride: int,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    group: int,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None,
+    activation: str,
+    gate: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    residual_stride: int,
+    out_scale: torch.Tensor | None,
+    tile: Tile | None = None,
+) -> None:
+    """Fills contiguous out [..., N] with residual + gate * activation(x_scale * (x @ W.T) * scale + bias).
+
+    x        [..., K], rows x_stride elements apart; x_scale [1] or one per row
+    weight   packed in rows: floats, int8 codes, or 4-bit codes; scale [wide], with 4 bits [wide, K / group]
+    dtype    what is multiplied; int8 for codes of x
+    tile     replaces the tables'
+    """
+    if out.numel() == 0:
+        return
+    N, rows, K = out.shape[-1], out.numel() // out.shape[-1], x.shape[-1]
+    arch, processors = (0, 1) if INTERPRETED.value else _machine(x.device)
+    few = rows <= FEW_ROWS
+    grouped = weight.dtype == torch.uint8
+    if weight.dtype != dtype and dtype != torch.float32 and not few:
+        weight, scale, grouped = _expanded(weight, scale, group, dtype, out.dtype)
+    decoded = weight.dtype != dtype
+    padded = weight.shape[0]
+    wide = padded if activation in _KINDS else N
+    if tile is None:
+        tma = x.dtype == weight.dtype and allows_descriptor(x, x_stride) and allows_descriptor(weight, weight.shape[1])
+        tile = _tile(arch, processors, rows, padded, dtype, few or decoded, tma)
+    block = _block(tile, dtype, group if grouped else 0)
+    source, target = x, weight
+    if tile.tma:
+        source = _descriptor(x, (rows, K), x_stride, (tile.rows, block))
+        target = _descriptor(weight, weight.shape, weight.shape[1], (tile.columns, block))
+    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(padded, tile.columns),)
+    step = 0 if x_scale is None or x_scale.numel() == 1 else 1
+    gates = (1, 0) if gate is None else (rows // gate.shape[0], gate.stride(0))
+    linear_kernel[grid](
+        *(source, target, x_scale, scale, bias, gate, residual, out_scale, out, rows, K, N, wide, padded, group),
+        *(x_stride, weight.shape[1], step, *gates, residual_stride),
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns,
+        BLOCK_K=block,
+        PARTS=tile.parts,
+        DTYPE=_TYPES[dtype],
+        GROUPED=grouped,
+        TURNED=few or decoded,
+        EVEN=K % block == 0,
+        TMA=tile.tma,
+        KIND=_KINDS.get(activation, activation),
+        PAIRS=activation in _KINDS,
+        **tile.options,
+    )
+
+
+def _expanded(weight, scale, group, dtype, out_dtype):
+    """Weights that a product of many rows reads more than once, in its type: (weight, scale, whether it is by group).
+
+    4 bits times their scale are rounded to 16, as results of 16 bits are; where a result is wider, and in int8, codes
+    stay whole and sums of groups are scaled.
+    """
+    if weight.dtype != torch.uint8:
+        return expand(weight, None, group, dtype), scale, False
+    if dtype == torch.int8 or out_dtype == torch.float32:
+        return expand(weight, None, group, dtype), scale, True
+    return expand(weight, scale, group, dtype), None, False
+
+
+def _tile(arch: int, processors: int, rows: int, columns: int, dtype: torch.dtype, turned: bool, tma: bool) -> Tile:
+    if arch == 0:
+        return linear_tiles.INTERPRETED
+    if dtype == torch.float32:
+        return linear_tiles.EXACT[rows > linear_tiles.EXACT[0].rows]
+    if turned:
+        return linear_tiles.few_tile(arch, rows)
+    return linear_tiles.many_tile(arch, rows, columns, processors, tma)
+
+
+def _block(tile: Tile, dtype: torch.dtype, group: int) -> int:
+    """k at a time: the tile's line, or the largest of 32, 64, ... of it that divides a group."""
+    block = max(tile.line // dtype.itemsize, 32)
+    while group and group % block:
+        block //= 2
+    return block
+
+
+@functools.cache
+def _machine(device: torch.device) -> tuple[int, int]:
+    """The architecture whose tables serve a GPU, and how many multiprocessors it has."""
+    properties = torch.cuda.get_device_properties(device)
+    return family((properties.major, properties.minor)), properties.multi_processor_count
+
+
+def allows_descriptor(x: torch.Tensor, stride: int) -> bool:
+    """Whether a TMA descriptor can describe rows that are `stride` elements apart: 16-byte steps, none of them 0."""
+    return x.numel() > 0 and stride > 0 and x.data_ptr() % 16 == 0 and stride * x.element_size() % 16 == 0
+
+
+def _descriptor(x: torch.Tensor, shape, stride: int, block: tuple[int, int]):
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, list(shape), [stride, 1], list(block))
