@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.utils._pytree import tree_map
 
-from fastdiff.engine.kind import Kind
 from fastdiff.engine.report import EngineReport
 from fastdiff.engine.request import Request
 from fastdiff.engine.rows import Rows
@@ -57,7 +56,7 @@ class Engine:
         self.sampler, self.max_rows, self.max_queue, self.device = sampler, max_rows, max_queue, device
         self._changed = threading.Condition()  # guards what follows
         self._waiting: deque[Request] = deque()
-        self._open: set[Request] = set()
+        self._open: dict[Request, None] = {}  # not done, in the order of their coming
         self._closed = False
         self._report = EngineReport()
         self._groups: list[Rows] = []  # the worker's own
@@ -107,7 +106,7 @@ class Engine:
             if self.max_queue is not None and len(self._waiting) >= self.max_queue:
                 raise queue.Full(f"Engine: {len(self._waiting)} requests wait (max_queue); try again later")
             self._waiting.append(request)
-            self._open.add(request)
+            self._open[request] = None
             self._changed.notify()
         return request
 
@@ -146,7 +145,7 @@ class Engine:
         with self._changed:
             if error is None and request.withdrawn:
                 error = Cancelled(request.preview())
-            self._open.discard(request)
+            self._open.pop(request, None)
             self._report.settled(error)
         if error is None:
             request.set_result(request.state())
@@ -157,9 +156,9 @@ class Engine:
         """The worker: lets requests in and steps every group in turn, until there is nothing left after `shutdown`."""
         try:
             with torch.no_grad():
-                while self._let_in():
+                while self._exchange():
                     for group in [*self._groups]:
-                        self._advance(group)
+                        self._step(group, [*group.requests])
         except BaseException as error:  # nobody may wait for ever for a worker that is gone
             with self._changed:
                 self._closed, pending = True, list(self._open)
@@ -168,8 +167,12 @@ class Engine:
                 self._settle(request, error)
             raise
 
-    def _let_in(self) -> bool:
-        """Waits for work, and lets the first requests in as long as there is room. False at the end."""
+    def _exchange(self) -> bool:
+        """Removes what was withdrawn, and lets the first requests in as long as there is room. False at the end."""
+        for group in [*self._groups]:
+            for request in [*group.requests]:
+                if request.withdrawn:
+                    self._remove(group, request)
         with self._changed:
             while not self._waiting and not self._groups:
                 if self._closed:
@@ -186,27 +189,16 @@ class Engine:
 
     def _join(self, request: Request) -> None:
         request.set_running_or_notify_cancel()
-        kind = Kind.of(request.arguments)
-        group = next((group for group in self._groups if group.kind == kind), None)
-        if group is None:
-            group = Rows(self.sampler, kind, self.max_rows)
+        if request.withdrawn:
+            return self._settle(request)
         try:
+            group = next((group for group in self._groups if group.kind == request.kind), None)
+            group = group or Rows(self.sampler, request.kind, self.max_rows)
             group.join(request)
         except Exception as error:
-            self._settle(request, error)
-        else:
-            self._groups += [group] if group not in self._groups else []
-
-    def _advance(self, group: Rows) -> None:
-        """One step of a group, without those that were withdrawn."""
-        for request in [*group.requests]:
-            if request.withdrawn:
-                group.leave(request)
-                self._settle(request)
-        if group.requests:
-            self._step(group, [*group.requests])
-        if not group.requests:
-            self._groups.remove(group)
+            return self._settle(request, error)
+        if group not in self._groups:
+            self._groups.append(group)
 
     def _step(self, group: Rows, requests: list[Request]) -> None:
         begin = time.perf_counter()
@@ -217,15 +209,19 @@ class Engine:
                 for request in requests:
                     self._step(group, [request])
             else:
-                group.leave(requests[0])
-                self._settle(requests[0], error)
+                self._remove(group, requests[0], error)
             return
         with self._changed:
             self._report.stepped(rows, evaluations, time.perf_counter() - begin)
         for request in requests:
             if request.tick == request.plan.ticks:
-                group.leave(request)
-                self._settle(request)
+                self._remove(group, request)
+
+    def _remove(self, group: Rows, request: Request, error: Exception | None = None) -> None:
+        group.leave(request)
+        if not group.requests:
+            self._groups.remove(group)
+        self._settle(request, error)
 
 
 def _copy(value: object) -> object:

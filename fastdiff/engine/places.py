@@ -39,10 +39,11 @@ class Line:
         time, weights = np.zeros(places), np.zeros((places, branches))
         for request in requests:
             plan, now = request.plan, request.tick
-            live = request.places >= 0
-            at, r = request.places[live], plan.rows[now, live]
-            coef[at], meta[at], rows[0, at], tick[at] = plan.coef[r], plan.meta[r], at, now
-            time[at], weights[at, : plan.branches] = plan.time[now, live], plan.weights[now, live]
+            for b, place in enumerate(request.places):
+                if place >= 0:
+                    r = plan.rows[now, b]
+                    coef[place], meta[place], rows[0, place], tick[place] = plan.coef[r], plan.meta[r], place, now
+                    time[place], weights[place, : plan.branches] = plan.time[now, b], plan.weights[now, b]
         return cls(coef, meta, rows, tick, time, weights)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.utils._pytree import tree_unflatten
 
 from fastdiff.arguments import Arguments
+from fastdiff.engine.kind import Kind
 from fastdiff.loop import NonFiniteError, non_finite
 from fastdiff.sampler import Cancelled, State, Step
 
@@ -35,11 +36,13 @@ class Request(Future):
     def __init__(self, arguments: Arguments, aux: list[torch.Tensor | None], withdraw: Callable[["Request"], bool]):
         super().__init__()
         self.plan, self.structure, self.guard = arguments.plan, arguments.start.structure, arguments.options.guard
+        self.kind = Kind.of(arguments)
         self.arguments: Arguments | None = arguments  # until it begins
         self.aux = aux
         self.submitted = time.perf_counter()
         self.withdrawn = False
         self.tick = 0
+        self.ends = set((self.plan.rows >= 0).sum(axis=0).tolist())  # ticks after which samples have finished
         # of each sample: its place among the rows that run (-1: none), its state once it has left them, and the first call
         # after which it was not finite (-1: it was)
         self.places = np.full(arguments.plan.batch, -1)

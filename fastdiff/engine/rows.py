@@ -74,9 +74,9 @@ class Rows:
         with self._lock:
             places.step(line, outputs)
             for request in requests:
-                done = request.plan.finished(request.tick)
                 request.tick += 1
-                self._take_out(request, done)
+                if request.tick in request.ends:
+                    self._take_out(request, request.plan.finished(request.tick - 1))
         return int(np.count_nonzero(line.rows >= 0)), int(np.count_nonzero(line.weights))
 
     def last_step(self, request: Request) -> Step | None:

@@ -1,0 +1,376 @@
+"""The engine: every request gets what the sampler gives it alone, whatever runs beside it, fails or leaves."""
+
+import asyncio
+import queue
+import random
+import threading
+import time
+from concurrent.futures import wait
+
+import pytest
+import torch
+
+from fastdiff import CFG, SOLVERS, VE, Cancelled, Engine, NonFiniteError, Sampler, VPLinear
+
+SHAPE = (2, 3, 5)  # of a sample; odd on purpose
+SECONDS = 20  # no result takes longer, unless something hangs
+
+
+def elementwise_net(x, t, shift=None):
+    """A denoiser of elementwise operations: its bits cannot depend on the batch."""
+    if isinstance(x, dict):
+        return {name: elementwise_net(leaf, t, shift) for name, leaf in x.items()}
+    column = lambda v: v.view(-1, *[1] * (x.dim() - 1))
+    out = torch.tanh(x * 0.3) * (1.0 + column(t) / 2000.0)
+    return out if shift is None else out + 0.1 * column(shift).to(x.dtype)
+
+
+def sampler_of(net=elementwise_net, **options):
+    return Sampler(net, prediction="v", process=VPLinear(), **options)
+
+
+class Gate:
+    """A network whose calls wait for permission, from the call on that `close` names; remembers the rows of its calls."""
+
+    def __init__(self, close=0, net=elementwise_net):
+        self.net, self.close, self.rows = net, close, []
+        self.reached, self.permitted = threading.Semaphore(0), threading.Semaphore(0)
+
+    def __call__(self, x, t, **cond):
+        self.rows.append(len(t))
+        if len(self.rows) > self.close:
+            self.reached.release()
+            assert self.permitted.acquire(timeout=SECONDS)
+        return self.net(x, t, **cond)
+
+    def wait(self):
+        """Until the next call waits, its step not yet taken."""
+        assert self.reached.acquire(timeout=SECONDS)
+
+    def open(self):
+        self.close = 10**9
+        self.permitted.release(1000)
+
+    def let(self, calls):
+        """Lets this many calls pass, and waits until the one after them waits."""
+        for _ in range(calls):
+            self.permitted.release()
+            self.wait()
+
+
+def same(got, expected):
+    leaves = lambda state: list(state.values()) if isinstance(state, dict) else [state]
+    return all(torch.equal(a, b) for a, b in zip(leaves(got), leaves(expected), strict=True))
+
+
+def any_request(choose: random.Random) -> dict:
+    """Arguments of a request, of one of several kinds."""
+    B = choose.choice([1, 1, 1, 2, 3])
+    one = lambda values: [choose.choice(values) for _ in range(B)] if choose.random() < 0.5 else choose.choice(values)
+    guided = {
+        "cond": {"shift": torch.tensor([choose.uniform(-1, 1) for _ in range(B)])},
+        "negative": {"shift": -torch.ones(B)},
+        "guidance": one([1.0, 1.5, 4.0, CFG(3.0, interval=(0.2, 0.7))]),
+    }
+    state = choose.choice(
+        [
+            {"shape": (B, *SHAPE)},
+            {"shape": (B, *SHAPE)},
+            {"shape": (B, 7), "dtype": torch.float64},
+            {"x": {"a": torch.randn(B, 3), "b": torch.randn(B, 2, 2)}},
+        ]
+    )
+    seed = [choose.randrange(2**62) for _ in range(B)]
+    settings = {"solver": one(list(SOLVERS)), "steps": one(list(range(3, 13))), "seed": seed}
+    return settings | state | (guided if choose.random() < 0.7 else {})
+
+
+@pytest.mark.parametrize("count", [5, pytest.param(60, marks=pytest.mark.slow)])
+def test_four_threads_of_random_requests_get_the_bits_of_each_alone(count):
+    sampler, results = sampler_of(), []
+
+    def user(seed):
+        choose = random.Random(seed)
+        for _ in range(count):
+            arguments = any_request(choose)
+            results.append((arguments, engine.submit(**arguments)))
+            time.sleep(choose.choice([0.0, 0.001, 0.004]))
+
+    with Engine(sampler, max_rows=6) as engine:
+        threads = [threading.Thread(target=user, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(results) == 4 * count and engine.report().rows_per_step > 1.5
+    for arguments, request in results:
+        assert request.done() and request.progress.done == request.progress.total
+        assert same(request.result(0), sampler.sample(**arguments)), arguments
+
+
+def test_with_micro_batch_1_networks_whose_kernels_depend_on_the_batch_give_equal_bits_too():
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(30, 512), torch.nn.SiLU(), torch.nn.Linear(512, 30)
+    )
+    sampler = sampler_of(lambda x, t: layers(x).view_as(x), micro_batch=1)
+    with Engine(sampler) as engine:
+        requests = [engine.submit((1, *SHAPE), seed=[seed], steps=5 + seed) for seed in range(8)]
+    for seed, request in enumerate(requests):
+        assert torch.equal(request.result(), sampler.sample((1, *SHAPE), seed=[seed], steps=5 + seed))
+
+
+def test_a_request_joins_while_others_run_and_leaves_before_them():
+    """The later one needs another branch and more history, so the memory of the first one is enlarged while it runs."""
+    gate, sampler = Gate(), sampler_of()
+    first = dict(shape=(1, *SHAPE), solver="ddim", steps=9, seed=1)
+    later = dict(shape=(2, *SHAPE), solver="dpmpp-3m", steps=[2, 4], seed=2, guidance=2.0, negative={})
+    with Engine(sampler_of(gate)) as engine:
+        one = engine.submit(**first)
+        gate.wait()
+        gate.let(2)
+        two = engine.submit(**later)
+        gate.let(3)
+        assert two.progress == (2, 4) and one.progress == (5, 9)
+        gate.open()
+    assert gate.rows == [1, 1, 1, 5, 5, 3, 3, 1, 1]
+    assert same(one.result(), sampler.sample(**first)) and same(two.result(), sampler.sample(**later))
+
+
+def test_a_preview_is_the_state_of_that_step():
+    arguments = dict(shape=(2, *SHAPE), solver="euler-a", steps=[3, 6], seed=4)
+    states, gate = list(sampler_of().step(**arguments)), Gate()
+    with Engine(sampler_of(gate)) as engine:
+        engine.submit((1, *SHAPE), steps=20)
+        request = engine.submit(**arguments)
+        assert request.preview() is None and request.progress == (0, 6)
+        gate.wait()
+        while not request.done():
+            step, (done, total) = request.preview(), request.progress
+            assert total == 6 and (step is None) == (done == 0)
+            if step is not None:
+                assert step.tick == done - 1 and step.done.tolist() == states[step.tick].done.tolist()
+                assert torch.equal(step.x, states[step.tick].x)
+                step.x.zero_()  # it is a copy
+            gate.let(1)
+        gate.open()
+    assert torch.equal(request.result(), states[-1].x) and torch.equal(request.preview().x, states[-1].x)
+
+
+def test_cancelling_frees_the_rows_at_once_and_leaves_the_bits_of_others():
+    gate, arguments = Gate(), dict(shape=(1, *SHAPE), solver="dpmpp-2m-sde", steps=8)
+    states = list(sampler_of().step(**arguments, seed=1))
+    with Engine(sampler_of(gate), max_rows=2) as engine:
+        requests = [engine.submit(**arguments, seed=seed) for seed in range(4)]
+        gate.wait()
+        gate.let(3)
+        assert requests[1].cancel() and requests[3].cancel() and requests[3].done()
+        gate.let(2)  # the call that was on its way, and the next
+        assert requests[1].cancelled() and requests[2].progress.done == 1
+        gate.open()
+        assert requests[0].result(SECONDS) is not None and not requests[0].cancel()
+    with pytest.raises(Cancelled) as caught:
+        requests[1].result()
+    step = caught.value.step
+    assert step.tick == requests[1].progress.done - 1 >= 2 and torch.equal(step.x, states[step.tick].x)
+    with pytest.raises(Cancelled, match="before the first call"):
+        requests[3].result()
+    for seed in (0, 2):
+        assert torch.equal(requests[seed].result(), sampler_of().sample(**arguments, seed=seed))
+    assert (engine.report().finished, engine.report().cancelled) == (2, 2)
+
+
+def test_nan_and_errors_of_the_network_fail_only_the_request_that_has_them():
+    def net(x, t, shift):
+        if bool((shift == 7.0).any()) and float(t[0]) < 600.0:
+            raise KeyError("seven")
+        bad = (shift == 13.0) & (t < 400.0)
+        return torch.where(bad.view(-1, 1, 1, 1), torch.nan, elementwise_net(x, t, shift))
+
+    arguments = lambda n: dict(shape=(1, *SHAPE), steps=6, seed=n, cond={"shift": torch.tensor([float(n)])})
+    with Engine(sampler_of(net)) as engine:
+        requests = {n: engine.submit(**arguments(n)) for n in (1, 7, 13, 2)}
+        unguarded = engine.submit(**arguments(13), guard=False)
+    for n in (1, 2):
+        assert torch.equal(requests[n].result(), sampler_of().sample(**arguments(n)))
+    with pytest.raises(KeyError, match="seven"):
+        requests[7].result()
+    with pytest.raises(NonFiniteError) as alone:
+        sampler_of(net).sample(**arguments(13))
+    with pytest.raises(NonFiniteError) as served:
+        requests[13].result()
+    assert str(served.value) == str(alone.value) and unguarded.result().isnan().any()
+    assert (engine.report().finished, engine.report().failed) == (3, 2)
+
+
+def test_first_come_first_served():
+    """Of two places one is free, which a request of two samples waits for; nobody who came later may take it."""
+    gate, ends = Gate(), []
+    with Engine(sampler_of(gate), max_rows=2) as engine:
+        shapes, steps = [(1, 3), (2, 3), (1, 5), (1, 3)], [3, 2, 1, 1]
+        for n, (shape, count) in enumerate(zip(shapes, steps, strict=True)):
+            engine.submit(shape, steps=count, solver="ddim").add_done_callback(lambda _, n=n: ends.append(n))
+        gate.open()
+    assert sorted(ends[2:]) == [2, 3] and ends[:2] == [0, 1] and gate.rows == [1, 1, 1, 2, 2, 1, 1]
+    report = engine.report()
+    assert 0.0 <= report.mean_wait_s <= report.longest_wait_s < SECONDS
+
+
+def test_the_report_counts_what_ran():
+    sampler = sampler_of()
+    arguments = [
+        dict(shape=(3, *SHAPE), steps=[2, 5, 3], solver="heun", guidance=[1.0, 2.0, 3.0], negative={}),
+        dict(shape=(1, *SHAPE), steps=7, solver="ddim"),
+    ]
+    with Engine(sampler) as engine:
+        for one in arguments:
+            engine.submit(**one)
+    plans = [
+        sampler.arguments(one.pop("shape"), None, None, one.pop("negative", None), 0, one).plan for one in arguments
+    ]
+    report = engine.report()
+    assert report.rows == sum(int((plan.rows >= 0).sum()) for plan in plans)
+    assert report.evaluations == sum(plan.calls for plan in plans)
+    assert (report.finished, report.waiting, report.running) == (2, 0, 0) and report.busy_s > 0.0
+    assert report.rows_per_step == report.rows / report.steps and "2 finished" in str(report)
+
+
+def test_samples_of_a_gaussian_are_those_of_the_closed_form():
+    """Data N(m, s^2) per request, whose best denoiser at noise level t is (s^2 x + t^2 m) / (s^2 + t^2).
+
+    Along the ODE (x - m) / sqrt(s^2 + t^2) stays what it is; stochastic solvers keep mean and variance only.
+    """
+    process, count = VE(t_min=0.01, edm=False), 5000
+    sampler = Sampler(
+        lambda x, t, m, s: (s**2 * x + t[:, None] ** 2 * m) / (s**2 + t[:, None] ** 2),
+        prediction="data",
+        process=process,
+    )
+    cases = [("dpmpp-2m", -1.0, 0.3), ("heun", 0.5, 1.0), ("unipc-2", 2.0, 0.6), ("dpmpp-2m-sde", 1.0, 0.5)]
+    settings = [dict(solver=solver, steps=60, final="zero") for solver, _, _ in cases]
+    given = [{"m": torch.tensor([[m]]), "s": torch.tensor([[s]])} for _, m, s in cases]
+    with Engine(sampler) as engine:
+        requests = [
+            engine.submit((1, count), seed=n, cond=one, **its)
+            for n, (one, its) in enumerate(zip(given, settings, strict=True))
+        ]
+    for n, (request, (solver, m, s)) in enumerate(zip(requests, cases, strict=True)):
+        x, plan = request.result(), sampler.plan(1, **settings[n])
+        start = sampler.initial_state((1, count), plan, n)
+        exact = m + (start - m) * s / (s**2 + plan.tables[0].start.sigma ** 2) ** 0.5
+        # the error of 60 steps of order two
+        assert (x - exact).abs().max() < 0.02 * s or "sde" in solver, solver
+        assert (
+            abs(x.mean() - m) < 4 * s / count**0.5 + 0.01 * s and abs(x.std() / s - 1) < 4 / (2 * count) ** 0.5 + 0.02
+        )
+
+
+def test_shutting_down_finishes_what_there_is_or_cancels_it():
+    gate, sampler = Gate(), sampler_of()
+    engine = Engine(sampler_of(gate), max_rows=1)
+    requests = [engine.submit((1, *SHAPE), steps=3, seed=n) for n in range(2)]
+    gate.wait()
+    engine.shutdown(wait=False)
+    with pytest.raises(RuntimeError, match="shut down"):
+        engine.submit((1, *SHAPE))
+    gate.open()
+    engine.shutdown()
+    for n, request in enumerate(requests):
+        assert torch.equal(request.result(0), sampler.sample((1, *SHAPE), steps=3, seed=n))
+    gate = Gate()
+    with pytest.raises(OSError), Engine(sampler_of(gate), max_rows=1) as engine:
+        requests = [engine.submit((1, *SHAPE), steps=3) for _ in range(2)]
+        gate.wait()
+        gate.permitted.release()
+        raise OSError
+    assert all(request.cancelled() for request in requests) and engine.report().cancelled == 2
+
+
+def test_a_request_is_a_future():
+    gate, told = Gate(), []
+    with Engine(sampler_of(gate), max_rows=1) as engine:
+        requests = [engine.submit((1, *SHAPE), steps=2, seed=n) for n in range(3)]
+        requests[0].add_done_callback(lambda _: engine.shutdown())  # from the engine's own thread
+        requests[0].add_done_callback(told.append)
+        gate.wait()
+        assert requests[0].running() and not requests[1].running() and not wait(requests, timeout=0).done
+        with pytest.raises(TimeoutError):
+            requests[0].result(timeout=0.001)
+
+        async def both():
+            one, two = (asyncio.wrap_future(request) for request in requests[:2])
+            two.cancel()
+            await asyncio.sleep(0)
+            gate.open()
+            return await asyncio.wait_for(one, SECONDS), two.cancelled()
+
+        state, cancelled = asyncio.run(both())
+        assert len(wait(requests, timeout=SECONDS).done) == 3
+    assert told == [requests[0]] and cancelled and requests[1].cancelled()
+    assert torch.equal(state, sampler_of().sample((1, *SHAPE), steps=2))
+
+
+def test_what_a_request_was_given_may_change_afterwards():
+    gate, x, shift = Gate(), torch.randn(1, *SHAPE), torch.ones(1)
+    arguments = dict(solver="ddim", steps=3)
+    expected = sampler_of().sample(x=x, cond={"shift": shift}, **arguments)
+    with Engine(sampler_of(gate), max_rows=1) as engine:
+        engine.submit((1, *SHAPE), steps=1)
+        gate.wait()
+        request = engine.submit(x=x, cond={"shift": shift}, **arguments)
+        x.zero_(), shift.zero_()
+        gate.open()
+    assert torch.equal(request.result(), expected)
+
+
+BAD = {
+    "hooks": ({"hooks": []}, ValueError, "hooks cannot be set per request"),
+    "graph": ({"graph": True}, ValueError, "graph cannot be set per request"),
+    "too many samples": ({"shape": (5, *SHAPE)}, ValueError, "1 to 4 samples"),
+    "no samples": ({"shape": (0, *SHAPE)}, ValueError, "1 to 4 samples"),
+    "unknown solver": ({"solver": "dpmpp-9x"}, ValueError, "dpmpp-2m"),
+    "no negative": ({"guidance": 2.0, "cond": {"shift": torch.zeros(1)}}, ValueError, "negative="),
+    "NaN conditioning": ({"cond": {"shift": torch.full((1,), torch.nan)}}, ValueError, "holds NaN"),
+    "integer state": ({"shape": None, "x": torch.zeros(1, 3, dtype=torch.int64)}, TypeError, "floating point"),
+    "endpoint": ({"aux": torch.zeros(3)}, ValueError, "shaped like the state"),
+    "unknown setting": ({"priority": 3}, ValueError, "unknown setting 'priority'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_are_refused_in_submit(case):
+    called = []
+    arguments, kind, message = BAD[case]
+    with Engine(sampler_of(lambda x, t: called.append(1)), max_rows=4) as engine:
+        with pytest.raises(kind, match=message):
+            engine.submit(**{"shape": (1, *SHAPE), **arguments})
+        assert engine.report().waiting == engine.report().running == 0
+    assert not called
+
+
+def test_a_full_queue_and_bad_settings_are_refused():
+    gate = Gate()
+    with Engine(sampler_of(gate), max_rows=1, max_queue=2) as engine:
+        requests = [engine.submit((1, *SHAPE), steps=1)]
+        gate.wait()
+        requests += [engine.submit((1, *SHAPE), steps=1) for _ in range(2)]
+        with pytest.raises(queue.Full, match="2 requests wait"):
+            engine.submit((1, *SHAPE))
+        assert (engine.report().waiting, engine.report().running) == (2, 1)
+        gate.open()
+    assert all(request.result() is not None for request in requests)
+    with pytest.raises(TypeError, match="give Sampler"):
+        Engine(elementwise_net)
+    for settings in ({"max_rows": 0}, {"max_rows": None}, {"max_queue": 0}):
+        with pytest.raises(ValueError, match="must be an integer >= 1"):
+            Engine(sampler_of(), **settings)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_requests_get_the_bits_of_each_alone():
+    sampler, choose = sampler_of(), random.Random(0)
+    settings = [dict(solver=choose.choice(list(SOLVERS)), steps=choose.randint(3, 12), seed=n) for n in range(12)]
+    with Engine(sampler, max_rows=5, device="cuda") as engine:
+        requests = [engine.submit((1, 4, 16, 16), **one) for one in settings]
+    for one, request in zip(settings, requests, strict=True):
+        assert torch.equal(request.result(), sampler.sample((1, 4, 16, 16), device="cuda", **one)), one
