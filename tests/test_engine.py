@@ -16,13 +16,13 @@ SHAPE = (2, 3, 5)  # of a sample; odd on purpose
 SECONDS = 20  # no result takes longer, unless something hangs
 
 
-def elementwise_net(x, t, shift=None):
+def elementwise_net(x, t, shift=None, gain=0.1):
     """A denoiser of elementwise operations: its bits cannot depend on the batch."""
     if isinstance(x, dict):
-        return {name: elementwise_net(leaf, t, shift) for name, leaf in x.items()}
+        return {name: elementwise_net(leaf, t, shift, gain) for name, leaf in x.items()}
     column = lambda v: v.view(-1, *[1] * (x.dim() - 1))
     out = torch.tanh(x * 0.3) * (1.0 + column(t) / 2000.0)
-    return out if shift is None else out + 0.1 * column(shift).to(x.dtype)
+    return out if shift is None else out + gain * column(shift).to(x.dtype)
 
 
 def sampler_of(net=elementwise_net, **options):
@@ -67,9 +67,10 @@ def any_request(choose: random.Random) -> dict:
     """Arguments of a request, of one of several kinds."""
     B = choose.choice([1, 1, 1, 2, 3])
     one = lambda values: [choose.choice(values) for _ in range(B)] if choose.random() < 0.5 else choose.choice(values)
+    column, gain = choose.choice([(B,), (B, 1)]), choose.choice([{}, {}, {"gain": 0.2}])
     guided = {
-        "cond": {"shift": torch.tensor([choose.uniform(-1, 1) for _ in range(B)])},
-        "negative": {"shift": -torch.ones(B)},
+        "cond": {"shift": torch.tensor([choose.uniform(-1, 1) for _ in range(B)]).view(column), **gain},
+        "negative": {"shift": -torch.ones(column), **gain},
         "guidance": one([1.0, 1.5, 4.0, CFG(3.0, interval=(0.2, 0.7))]),
     }
     state = choose.choice(
@@ -281,7 +282,7 @@ def test_shutting_down_finishes_what_there_is_or_cancels_it():
     with pytest.raises(OSError), Engine(sampler_of(gate), max_rows=1) as engine:
         requests = [engine.submit((1, *SHAPE), steps=3) for _ in range(2)]
         gate.wait()
-        gate.permitted.release()
+        requests[1].add_done_callback(lambda _: gate.open())
         raise OSError
     assert all(request.cancelled() for request in requests) and engine.report().cancelled == 2
 

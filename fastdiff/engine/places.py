@@ -85,7 +85,6 @@ class Places:
         r, s, j = self.sizes
         for own, old in zip(new.leaves, self.leaves, strict=True):
             own.x[:r], own.history[:s, :r], own.model_input[:j, :r] = old.x, old.history, old.model_input
-            own.model_input[j:, :r] = old.model_input[0]
         for own, old in zip(new.aux, self.aux, strict=True):
             if old is not None:
                 own[:r] = old
