@@ -67,7 +67,7 @@ def any_request(choose: random.Random) -> dict:
     """Arguments of a request, of one of several kinds."""
     B = choose.choice([1, 1, 1, 2, 3])
     one = lambda values: [choose.choice(values) for _ in range(B)] if choose.random() < 0.5 else choose.choice(values)
-    column, gain = choose.choice([(B,), (B, 1)]), choose.choice([{}, {}, {"gain": 0.2}])
+    column, gain = choose.choice([(B,), (B, 1)]), choose.choice([{}, {"gain": 0.2}, {"gain": 0.3}])
     guided = {
         "cond": {"shift": torch.tensor([choose.uniform(-1, 1) for _ in range(B)]).view(column), **gain},
         "negative": {"shift": -torch.ones(column), **gain},
