@@ -50,7 +50,8 @@ class AdjustedStep:
         for k, leaf in enumerate(carry.leaves):
             given, source, table = [outputs[k]] * J, self.source, coef
             if k == 0 and hooks["after_prediction"]:
-                denoised = self._denoised(carry, coef, outputs[0], live)
+                x = carry.leaves[0].x
+                denoised = predicted_data(x, self.aux[0], coef, self.edited[live], outputs[0], self.source)
                 for hook in hooks["after_prediction"]:
                     denoised = hook.after_prediction(carry, denoised)
                 table = torch.cat([self.edited[live][:, :_PREDICTION], coef[:, _PREDICTION:]], dim=1)
@@ -61,14 +62,26 @@ class AdjustedStep:
             solver_step(*state, given, source, self.aux[k], table.contiguous(), meta, own, carry.seed)
             leaf.tick += 1
 
-    def _denoised(self, carry: Carry, coef: torch.Tensor, output: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-        """The guided prediction as data: h = a x + sum b m + d u, then solved for the data in h = a' x + b' data + d' u."""
-        x, u, edited = carry.leaves[0].x, self.aux[0], self.edited[live]
-        column = lambda table, index: table[:, index].view(-1, *[1] * (x.dim() - 1))
-        h = (column(coef, _A) - column(edited, _A)) * x
-        for j, rows in enumerate(self.source):
-            weight = column(coef, _B0 + j)
-            h = h + torch.where(weight != 0, weight * output[rows.long()].to(x.dtype), 0.0)
-        if u is not None:
-            h = h + (column(coef, _D) - column(edited, _D)) * u
-        return h / column(edited, _B0)
+
+def predicted_data(
+    x: torch.Tensor,
+    u: torch.Tensor | None,
+    coef: torch.Tensor,
+    edited: torch.Tensor,
+    output: torch.Tensor,
+    source: torch.Tensor,
+) -> torch.Tensor:
+    """The guided prediction as data: h = a x + sum b m + d u, then solved for the data in h = a' x + b' data + d' u.
+
+    x, u          [B, ...] the state, and the known endpoint or None
+    coef, edited  [B, 21] dtype of x: this step's coefficients a, b, d, and a', b', d' of the same step
+    output        [M, ...] the network's; sample b of branch j has row source[j, b]
+    """
+    column = lambda table, index: table[:, index].view(-1, *[1] * (x.dim() - 1))
+    h = (column(coef, _A) - column(edited, _A)) * x
+    for j, rows in enumerate(source):
+        weight = column(coef, _B0 + j)
+        h = h + torch.where(weight != 0, weight * output[rows.long()].to(x.dtype), 0.0)
+    if u is not None:
+        h = h + (column(coef, _D) - column(edited, _D)) * u
+    return h / column(edited, _B0)

@@ -6,11 +6,12 @@ import random
 import threading
 import time
 from concurrent.futures import wait
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fastdiff import CFG, SOLVERS, VE, Cancelled, Engine, NonFiniteError, Sampler, VPLinear
+from fastdiff import CFG, SOLVERS, VE, Cancelled, Engine, Hook, NonFiniteError, Sampler, VPLinear
 
 SHAPE = (2, 3, 5)  # of a sample; odd on purpose
 SECONDS = 20  # no result takes longer, unless something hangs
@@ -156,6 +157,35 @@ def test_a_preview_is_the_state_of_that_step():
             gate.let(1)
         gate.open()
     assert torch.equal(request.result(), states[-1].x) and torch.equal(request.preview().x, states[-1].x)
+
+
+def test_predicted_data_is_what_the_step_was_taken_with():
+    """Asked for while a call is on its way, it is that call's; a hook of the sampler sees the same (P4)."""
+    seen, later = [], []
+
+    class Look(Hook):
+        def after_prediction(self, carry, denoised):
+            seen.append(denoised.clone())
+            return denoised
+
+    arguments = dict(shape=(2, *SHAPE), solver=["dpmpp-2m", "euler-a"], steps=[4, 2], guidance=[3.0, 1.0], negative={})
+    sampler_of().sample(**arguments, hooks=[Look()])
+    table = sampler_of().plan(1, solver="ddim", steps=1).tables[0]
+    raw = replace(table, solver=replace(table.solver, history="raw", exact=frozenset()))  # as `from_scheduler` makes them
+    gate = Gate(close=1)
+    with Engine(sampler_of(gate)) as engine:
+        request = engine.submit(**arguments)
+        with pytest.raises(ValueError, match="does not know"):
+            engine.submit((1, 3), solver=raw).denoised()
+        gate.wait()
+        asking = threading.Thread(target=lambda: later.append(request.denoised(SECONDS)))
+        asking.start()
+        while not request.asked:
+            time.sleep(0.001)
+        gate.open()
+        asking.join()
+    assert torch.allclose(later[0], seen[1], rtol=1e-6, atol=1e-6)
+    assert torch.equal(request.denoised(), request.result())
 
 
 def test_cancelling_frees_the_rows_at_once_and_leaves_the_bits_of_others():

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fastdiff.adjusted import predicted_data
 from fastdiff.carry import Leaf
 from fastdiff.engine.request import Request
 from fastdiff.initial import stream_offset
@@ -19,6 +20,7 @@ class Line:
     """The next call of some requests: one line of a plan for R places and J branches. A place is its own table row.
 
     coef, meta  [R, 21] float64, [R, 6] int32
+    edited      [R, 21] float64: the same for a prediction that is given as data
     rows        [1, R] int32: the place itself, -1 where nothing is to be done
     tick        [R] int32: which call of the sample's own plan this is
     time        [R] float64 model times
@@ -27,6 +29,7 @@ class Line:
 
     coef: np.ndarray
     meta: np.ndarray
+    edited: np.ndarray
     rows: np.ndarray
     tick: np.ndarray
     time: np.ndarray
@@ -35,6 +38,7 @@ class Line:
     @classmethod
     def of(cls, requests: list[Request], places: int, branches: int) -> "Line":
         coef, meta = np.zeros((places, len(COEF))), np.zeros((places, len(META)), dtype=np.int32)
+        edited = coef.copy()
         rows, tick = np.full((1, places), -1, dtype=np.int32), np.zeros(places, dtype=np.int32)
         time, weights = np.zeros(places), np.zeros((places, branches))
         for request in requests:
@@ -42,9 +46,10 @@ class Line:
             for b, place in enumerate(request.places):
                 if place >= 0:
                     r = plan.rows[now, b]
-                    coef[place], meta[place], rows[0, place], tick[place] = plan.coef[r], plan.meta[r], place, now
+                    coef[place], meta[place], edited[place] = plan.coef[r], plan.meta[r], plan.edited[r]
+                    rows[0, place], tick[place] = place, now
                     time[place], weights[place, : plan.branches] = plan.time[now, b], plan.weights[now, b]
-        return cls(coef, meta, rows, tick, time, weights)
+        return cls(coef, meta, edited, rows, tick, time, weights)
 
 
 class Places:
@@ -105,6 +110,14 @@ class Places:
             branches = new.unflatten(0, (-1, len(at)))
             own.unflatten(0, (-1, self.sizes[0]))[: len(branches), at] = branches
         self.seed[at], self.bad[at] = seed, -1
+
+    def denoised(self, line: Line, outputs: list[Tensor]) -> list[Tensor]:
+        """The data that the network predicts in this call, `[R, ...]` per leaf; to be asked for before the step."""
+        coef, edited = (torch.from_numpy(table).to(self._coef) for table in (line.coef, line.edited))
+        return [
+            predicted_data(leaf.x, u, coef, edited, output, self.source)
+            for leaf, u, output in zip(self.leaves, self.aux, outputs, strict=True)
+        ]
 
     def step(self, line: Line, outputs: list[Tensor]) -> None:
         """The step kernel on the samples of the line, whose network outputs `source` finds."""

@@ -48,6 +48,7 @@ class Request(Future):
         self.places = np.full(arguments.plan.batch, -1)
         self.x: list[torch.Tensor] = []
         self.bad = torch.full(self.places.shape, -1, dtype=torch.int32, device=arguments.start.seed.device)
+        self.asked: list[Future] = []  # by `denoised`, not yet answered
         self._rows: Rows | None = None
         self._withdraw = withdraw
 
@@ -60,6 +61,19 @@ class Request(Future):
         """The last step, as `Sampler.step` yields it: a copy of the state, which still has noise. None before the first."""
         rows = self._rows
         return self.step([leaf.clone() for leaf in self.x]) if rows is None else rows.last_step(self)
+
+    def denoised(self, timeout: float | None = None) -> State:
+        """The clean data that the next call of the network predicts; waits for that call. Of finished samples, the result.
+
+        Raises TimeoutError after `timeout` seconds, ValueError where a solver compiled from a scheduler does not know the
+        data, and what `result` would raise.
+        """
+        if any(table.solver.history == "raw" for table in self.plan.tables):
+            raise ValueError("denoised: a table compiled from a scheduler object does not know the predicted data")
+        answer: Future = Future()
+        self.asked.append(answer)
+        self.add_done_callback(lambda _: self._answer_last(answer))
+        return answer.result(timeout)
 
     def cancel(self) -> bool:
         """Withdraws the request: its rows leave before the next call. False where it is done already."""
@@ -74,6 +88,11 @@ class Request(Future):
         self._rows, self.places, self.x = rows, places, x
         self.arguments, self.aux = None, []
 
+    def answer(self, x: list[torch.Tensor]) -> None:
+        """Gives predicted data to everybody who has asked."""
+        while self.asked:
+            self.asked.pop().set_result(self.state(x))
+
     def end(self) -> None:
         """Lets go of where it ran."""
         self._rows = None
@@ -82,6 +101,12 @@ class Request(Future):
         """The last step with the given tensors as its state; None before the first."""
         tick = self.tick - 1
         return None if tick < 0 else Step(tick, self.state(x), torch.from_numpy(self.plan.finished(tick)))
+
+    def _answer_last(self, answer: Future) -> None:
+        if not answer.done() and self.exception() is not None:
+            answer.set_exception(self.exception())
+        elif not answer.done():
+            answer.set_result(self.result())
 
     def state(self, x: list[torch.Tensor] | None = None) -> State:
         """The state of the samples as the tensor or pytree that the user knows."""

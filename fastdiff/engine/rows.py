@@ -72,6 +72,11 @@ class Rows:
         time = torch.from_numpy(line.time).to(places.seed.device, torch.float32)
         outputs = self._calls.evaluate(places.leaves, time)
         with self._lock:
+            asked = [request for request in requests if request.asked]
+            if asked:
+                data = places.denoised(line, outputs)
+                for request in asked:
+                    request.answer(self._of(request, data))
             places.step(line, outputs)
             for request in requests:
                 request.tick += 1
@@ -82,26 +87,23 @@ class Rows:
     def last_step(self, request: Request) -> Step | None:
         """The last step of a request; its tensors are copies."""
         with self._lock:
-            x = [leaf.clone() for leaf in request.x]
-            self._copy_out(request, x, request.places >= 0)
-            return request.step(x)
+            return request.step(self._of(request, [leaf.x for leaf in self._places.leaves]))
 
     def _take_out(self, request: Request, which: np.ndarray) -> None:
         """Copies samples of a request to where its result is gathered, and frees their places."""
         which = which & (request.places >= 0)
         if which.any():
-            index, at = self._copy_out(request, request.x, which)
-            request.bad[index] = self._places.bad[at]
+            at = torch.from_numpy(request.places[which]).to(request.bad.device)
+            request.bad[torch.from_numpy(which)] = self._places.bad[at]
+            request.x = self._of(request, [leaf.x for leaf in self._places.leaves])
             self._free = sorted([*self._free, *request.places[which].tolist()])
             request.places[which] = -1
 
-    def _copy_out(self, request: Request, x: list[Tensor], which: np.ndarray) -> tuple[Tensor, Tensor]:
-        device = request.bad.device
-        index = torch.from_numpy(np.flatnonzero(which)).to(device)
-        at = torch.from_numpy(request.places[which]).to(device)
-        for own, leaf in zip(x, self._places.leaves, strict=True):
-            own[index] = leaf.x[at]
-        return index, at
+    def _of(self, request: Request, tensors: list[Tensor]) -> list[Tensor]:
+        """The rows `[B, ...]` of a request among those of all places; of samples that have left, their last states."""
+        live = request.places >= 0
+        at, index = (torch.from_numpy(k).to(request.bad.device) for k in (request.places[live], np.flatnonzero(live)))
+        return [x.index_copy(0, index, t[at]) for x, t in zip(request.x, tensors, strict=True)]
 
     def _reserve(self, request: Request, leaves: list) -> None:
         """Makes room where the request needs more places, history slots or branches than there are."""
