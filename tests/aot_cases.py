@@ -38,6 +38,7 @@ class Case:
     wide     128-bit loads at least
     opcodes  per architecture, instructions of which there must be some
     stack    bytes per thread that may be spilled
+    blocks   of it that a multiprocessor must have room for
     fast     compiled in the default run of the tests
     """
 
@@ -46,6 +47,7 @@ class Case:
     wide: int = 0
     opcodes: tuple[tuple[int, tuple[str, ...]], ...] = ()
     stack: int = 0
+    blocks: int = 1
     fast: bool = False
 
 

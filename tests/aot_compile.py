@@ -18,9 +18,10 @@ os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")
 import triton
 from aot_attention import ATTENTION
 from aot_cases import MEMORY, SOLVER, Case
+from aot_linear import LINEAR
 from triton.backends.compiler import GPUTarget
 
-CASES = {**SOLVER, **MEMORY, **ATTENTION}
+CASES = {**SOLVER, **MEMORY, **ATTENTION, **LINEAR}
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -52,7 +53,7 @@ def _measure(case: Case, arch: int) -> dict:
         "atomics": starts("ATOMG", "ATOM.", "RED.", "REDG"),  # in global memory; tensor memory is allocated by ATOMS
         "tensor_memory": getattr(compiled.metadata, "tmem_size", 0) or 0,
         "opcodes": {name: starts(name) for name in dict(case.opcodes).get(arch, ())},
-        "allowed": {"wide": case.wide, "stack": case.stack},
+        "allowed": {"wide": case.wide, "stack": case.stack, "blocks": case.blocks},
         "contracted": len(re.findall(r"\bfma\.", compiled.asm["ptx"])),
     }
 

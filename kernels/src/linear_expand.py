@@ -24,7 +24,8 @@ def linear_expand_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     HALVES: tl.constexpr = weight_ptr.dtype.element_ty == tl.uint8
     EACH: tl.constexpr = 2 if HALVES else 1
-    byte, at = (tl.program_id(1) * count + tl.arange(0, count) for count in (BYTES, EACH * BYTES))
+    byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
+    at = tl.program_id(1) * (EACH * BYTES) + tl.arange(0, EACH * BYTES)
     codes = tl.load(weight_ptr + row[:, None] * stride + byte[None, :], mask=(byte < stride)[None, :], other=0)
     target, inside = out_ptr + row[:, None] * out_stride + at[None, :], (at < out_stride)[None, :]
     codes = decoded(codes, tl.int8)

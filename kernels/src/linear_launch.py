@@ -53,8 +53,9 @@ def linear_triton(
     padded = weight.shape[0]
     wide = padded if activation in _KINDS else N
     if tile is None:
-        tma = x.dtype == weight.dtype and allows_descriptor(x, x_stride) and allows_descriptor(weight, weight.shape[1])
-        tile = _tile(arch, processors, rows, padded, dtype, few or decoded, tma)
+        same = x.dtype == weight.dtype
+        tma = same and allows_descriptor(x, x_stride) and allows_descriptor(weight, weight.shape[1])
+        tile = _tile(arch, processors, rows, padded, dtype, few or decoded, tma, same and not grouped)
     block = _block(tile, dtype, group if grouped else 0)
     source, target = x, weight
     if tile.tma:
@@ -94,14 +95,14 @@ def _expanded(weight, scale, group, dtype, out_dtype):
     return expand(weight, scale, group, dtype), None, False
 
 
-def _tile(arch: int, processors: int, rows: int, columns: int, dtype: torch.dtype, turned: bool, tma: bool) -> Tile:
+def _tile(arch, processors, rows, columns, dtype, turned, tma, plain) -> Tile:
     if arch == 0:
         return linear_tiles.INTERPRETED
     if dtype == torch.float32:
         return linear_tiles.EXACT[rows > linear_tiles.EXACT[0].rows]
     if turned:
-        return linear_tiles.few_tile(arch, rows)
-    return linear_tiles.many_tile(arch, rows, columns, processors, tma)
+        return linear_tiles.few_tile(arch, rows, columns, processors)
+    return linear_tiles.many_tile(arch, rows, columns, processors, tma, plain)
 
 
 def _block(tile: Tile, dtype: torch.dtype, group: int) -> int:
