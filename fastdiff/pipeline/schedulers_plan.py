@@ -47,10 +47,12 @@ class Plan:
     slot_h     slot that receives the prediction, or -1; own_h: it goes to fresh memory instead
     keep       slot that receives a copy of the next state, or -1
     inputs     slots that are read as model outputs
+    names      of the results in `kind`, the class in which the scheduler returns them; their places where it is None, a tuple
     results    for each of `names`: "next", "h", the number of a further row, or None
     noise      "drawn", "given" (as an argument), "kernel" (made inside), "none", or "output": x is the model's output instead
     plain      attributes to set; tensors: the same as references; hidden: those that are not in memory
     slots      history slots needed
+    node       where the run stands after the step
     """
 
     coef: np.ndarray

@@ -24,8 +24,6 @@ _CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as"}
 _CLAMPS = {"clamp", "clip", "clamp_", "clip_"}
 _DRAWS = {"randn", "randn_like"}
 _RANDOM = set("rand rand_like randint randperm normal normal_ uniform_ bernoulli multinomial exponential_".split())
-
-
 _WATCHED = _CASTS | _CLAMPS | _DRAWS | _RANDOM
 
 

@@ -19,11 +19,14 @@ class Rows:
     """Where every sample of a batch stands. A sample whose timestep goes back towards noise begins anew.
 
     nodes  one per sample; empty before the first step and where the samples stand together
+    root   where samples begin
+    last   timestep of each sample's last step
     """
 
     def __init__(self, runner: "Runner"):
         self.runner = runner
         self.nodes: list[Node] = []
+        self.root: Node | None = None
         self.last: list[float] = []
 
     def step(self, output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, noise: Noise, options: dict):

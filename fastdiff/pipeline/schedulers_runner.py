@@ -2,6 +2,7 @@
 
 import torch
 
+from fastdiff.ops.solver_step import MAX_SLOTS
 from fastdiff.pipeline.schedulers_build import make_plan
 from fastdiff.pipeline.schedulers_execute import Noise, execute
 from fastdiff.pipeline.schedulers_memory import Memory
@@ -21,6 +22,9 @@ class Runner:
     stock   diffusers' class
     philox  noise seeds of the samples (a number for all), or None for torch's generators
     strict  raise RuntimeError where a step would be left to the scheduler's own code
+
+    node    where the scheduler stands, None where nobody knows; roots: where schedules begin, by the attributes that decide
+    dirty   an attribute was set since: the scheduler may stand elsewhere
     """
 
     def __init__(self, stock: type, philox: int | tuple[int, ...] | None, strict: bool = False):
@@ -125,8 +129,8 @@ class Runner:
         self.node = None
         self.rows.nodes.clear()
         key, state, tensors, tables = self.attributes.read(attributes, shape)
-        if len(tensors) > 5:
-            raise Refusal("it remembers more than five tensors")
+        if len(tensors) > MAX_SLOTS:
+            raise Refusal(f"it remembers more than {MAX_SLOTS} tensors")
         scope = tables, attributes.get("_internal_dict")
         if tables != self.scope[0] or scope[1] is not self.scope[1]:
             self.scope, self.failures = scope, 0
