@@ -239,6 +239,19 @@ def test_the_report_tells_every_part():
         fastdiff.report(pipe)
 
 
+@pytest.mark.slow
+def test_a_part_of_an_accelerated_pipeline_may_be_given_another_mode():
+    """The decoder in int8 too: lossier than the mode of the pipeline, hence asked for by itself."""
+    tiny = TINY["DiT"]
+    pipe = tiny.build()
+    stock = tiny(pipe, output_type="np")
+    pictures = tiny(fastdiff.accelerate(pipe, "w8a8"), output_type="np")
+    fastdiff.accelerate(pipe.vae.decoder, "w8a8")
+    assert 0 < (tiny(pipe, output_type="np") - pictures).abs().max() < 0.05  # of 1
+    assert "vae.decoder: Decoder, mode w8a8" in str(fastdiff.report(pipe))
+    assert torch.equal(tiny(fastdiff.undo(pipe), output_type="np"), stock)
+
+
 def test_strict_forbids_what_runs_as_before():
     tiny = TINY["DiT"]
     pipe = fastdiff.accelerate(tiny.build(), strict=True)
