@@ -1,12 +1,16 @@
 """What the recipes are compared with, and the table: baselines that leave out what a paper adds."""
 
+from dataclasses import replace
+
 from fastdiff.quant.config import QuantConfig, TemporalPolicy
-from fastdiff.quant.recipes import SPARED, Calibration, Recipe
+from fastdiff.quant.recipes import RECIPES, SPARED, Calibration, Recipe
 from fastdiff.quant.schemes import Scheme, TensorSpec
 
 _INT8 = TensorSpec("int8", "tensor")
 _W8A8 = Scheme(TensorSpec("int8"), _INT8)
 _OFF = TemporalPolicy("off")
+_STATIC = RECIPES["w8a8-static"].config
+_GLOBAL = replace(_STATIC.default, input=replace(_STATIC.default.input, per_step=False))
 
 BASELINES = {
     recipe.name: recipe
@@ -25,8 +29,8 @@ BASELINES = {
         ),
         Recipe(
             "global-w8a8",
-            QuantConfig(_W8A8, (), SPARED),
-            Calibration(),
+            replace(_STATIC, default=_GLOBAL),
+            RECIPES["w8a8-static"].calibration,
             "w8a8-static with one range for all steps",
         ),
     )

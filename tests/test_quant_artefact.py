@@ -2,24 +2,18 @@
 
 import copy
 import dataclasses
-import errno
 import json
-import os
-import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_quant_layers import tiny_dit, tiny_unet
+from quant_networks import NETS, model, quick, run, tiny_unet
 
 from fastdiff.__main__ import main
 from fastdiff.artefact import FolderStore, load, save
 from fastdiff.models.checkpoint import load_checkpoint, save_checkpoint
 from fastdiff.models.header import CheckpointError
-from fastdiff.models.load import LoadedModel
 from fastdiff.quant.calibration import CalibrationSet, all_steps, ndtc, ndtc_times, one_time, trajectories
 from fastdiff.quant.config import QuantConfig
 from fastdiff.quant.evaluate import check_gate, evaluate
@@ -29,29 +23,8 @@ from fastdiff.quant.recipes import RECIPES, Calibration, Recipe, recipe_of
 from fastdiff.quant.schemes import Scheme, TensorSpec
 from fastdiff.quantized import GateError, calibrate, measure, quantize, quantize_model, sampler_of
 
-MAKE = {"unet": tiny_unet, "dit": tiny_dit}
-SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "prediction_type": "epsilon"}
 
-
-def model(name: str) -> LoadedModel:
-    net = MAKE[name]()
-    net.load_state_dict({k: v.half().float() for k, v in net.state_dict().items()})
-    return LoadedModel(net, net.config, "noise", SCHEDULER, f"tiny {name}")
-
-
-def quick(recipe: str) -> Recipe:
-    made = recipe_of(recipe).with_iterations(3)
-    return dataclasses.replace(made, calibration=made.calibration and dataclasses.replace(made.calibration, samples=2, steps=3))  # fmt: skip
-
-
-def run(made: LoadedModel) -> torch.Tensor:
-    x, t = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([999.0, 500.0, 3.0])
-    more = {} if made.num_classes is None else {"class_labels": torch.tensor([1, 2, 10])}
-    with torch.no_grad():
-        return made.net(x, t, **more)
-
-
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_T50_save_load_save_is_the_same_file(tmp_path, name, recipe):
     given = model(name)
@@ -69,7 +42,7 @@ def test_T50_save_load_save_is_the_same_file(tmp_path, name, recipe):
     second = dataclasses.replace(made, net=again.net)
     assert save(again, second, tmp_path / "b").read_bytes() == path.read_bytes()
     assert (tmp_path / "a/scheduler/scheduler_config.json").read_bytes() == (tmp_path / "b/scheduler/scheduler_config.json").read_bytes()  # fmt: skip
-    assert sum(t.nbytes for t in weights.values()) < 0.65 * sum(p.nbytes for p in MAKE[name]().parameters())
+    assert sum(t.nbytes for t in weights.values()) < 0.65 * sum(p.nbytes for p in NETS[name]().parameters())
 
 
 @pytest.fixture
@@ -332,77 +305,3 @@ def test_T51_every_load_gives_the_codes_and_scales_of_the_file(tmp_path, device)
         for part, value in layer.state_dict().items():
             assert value.device.type == device
             assert torch.equal(value.cpu(), tensors[f"{name}.{part}"]), f"{name}.{part}"
-
-
-_KILLED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from fastdiff.artefact import FolderStore
-from test_quant_artefact import model, quick
-from fastdiff.quantized import quantize_model
-
-class Dies(FolderStore):
-    left = 3
-    def put(self, key, tensors):
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.left -= 1
-        super().put(key, tensors)
-
-quantize_model(model("unet"), quick("w4a8-svd"), store=Dies(sys.argv[1]))
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_process_leaves_blocks_that_the_next_one_takes(tmp_path):
-    code = _KILLED.format(tests=str(Path(__file__).parent))
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "blocks")], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "blocks").iterdir()}
-    assert len(kept) == 3
-    resumed, plain = model("unet"), model("unet")
-    quantize_model(resumed, quick("w4a8-svd"), store=FolderStore(tmp_path / "blocks"))
-    quantize_model(plain, quick("w4a8-svd"))
-    assert all((tmp_path / "blocks" / name).stat().st_mtime_ns == time for name, time in kept.items())
-    assert torch.equal(run(resumed), run(plain))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("call", ("open", "write", "fchmod", "fsync", "replace"))
-def test_T50_a_fault_while_saving_tears_no_file(tmp_path, monkeypatch, call):
-    """Every such call fails once: files are the old or the new ones, and what is loaded is one artefact or an error."""
-    folders, made = {}, {}
-    for recipe in ("w8a16", "w4a16"):
-        given = model("dit")
-        made[recipe] = (given, quantize_model(given, quick(recipe)))
-        save(*made[recipe], tmp_path / recipe)
-        folders[recipe] = {p.relative_to(tmp_path / recipe): p.read_bytes() for p in (tmp_path / recipe).rglob("*") if p.is_file()}  # fmt: skip
-    outcomes, real = [], getattr(os, call)
-    for at in range(1, 100):
-        target, calls = tmp_path / f"t{at}", []
-        shutil.copytree(tmp_path / "w8a16", target)
-
-        def faulty(*args, at=at, calls=calls, **kwargs):
-            calls.append(args)
-            if len(calls) == at:
-                raise OSError(errno.ENOSPC, "no space left")
-            return real(*args, **kwargs)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, call, faulty)
-            try:
-                save(*made["w4a16"], target)
-            except OSError:
-                pass
-        files = {p.relative_to(target): p.read_bytes() for p in target.rglob("*") if p.is_file()}
-        assert files.keys() == folders["w8a16"].keys()
-        assert all(blob in (folders["w8a16"][name], folders["w4a16"][name]) for name, blob in files.items())
-        try:
-            got = run(load(target))
-        except CheckpointError:
-            outcomes.append("refused")
-        else:
-            outcomes.append(next(name for name, (given, _) in made.items() if torch.equal(run(given), got)))
-        if len(calls) < at:
-            break
-    assert outcomes[-1] == "w4a16" and len(outcomes) > 3 and "w8a16" in outcomes

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_quant_layers import SPARED, inputs, output, tiny_dit
+from quant_networks import SPARED, inputs, output, tiny_dit
 from torch.nn import functional as F
 
 import fastdiff

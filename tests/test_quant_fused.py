@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_quant_layers import inputs, output, tiny_dit, tiny_unet
+from quant_networks import inputs, output, tiny_dit, tiny_unet
 from torch import nn
 from torch.nn import functional as F
 

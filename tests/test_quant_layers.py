@@ -5,13 +5,11 @@ import dataclasses
 
 import pytest
 import torch
+from quant_networks import INT8, NETS, SCHEMES, SPARED, TENSOR, TOKEN, W4, inputs, output, tiny_dit, tiny_unet
 from torch import nn
 from torch.nn import functional as F
 
-from fastdiff.models.dit import DiT, DiTConfig
-from fastdiff.models.unet import UNet, UNetConfig
 from fastdiff.quant import (
-    CalibrationSet,
     LowRank,
     QConv2d,
     QLinear,
@@ -32,53 +30,6 @@ from fastdiff.quant.measures import sqnr_db
 from fastdiff.quant.observers import ChannelObserver, RangeObserver
 from fastdiff.quant.qtensor import quantize as quantize_weight
 from fastdiff.quant.steps import StepContext
-
-INT8, TOKEN = TensorSpec("int8"), TensorSpec("int8", "token", dynamic=True)
-TENSOR = TensorSpec("int8", "tensor")
-W4 = TensorSpec("int4", "group", 32)
-SPARED = ("^conv_in$", "^conv_out$", "pos_embed", "proj_out_2")
-SCHEMES = {
-    "w8a8": Scheme(INT8, TOKEN, (Rotate(64),)),
-    "w8a8-static": Scheme(INT8, dataclasses.replace(TENSOR, per_step=True)),
-    "w8a16": Scheme(INT8),
-    "w4a16": Scheme(dataclasses.replace(W4, range="signed")),
-    "w4a8": Scheme(W4, TOKEN, (Rotate(64),)),
-    "w4a8-svd": Scheme(W4, TOKEN, (Smooth(None), LowRank(4))),
-    "w4a4": Scheme(W4, TensorSpec("int4", "group", 32, dynamic=True)),
-    "fp8": Scheme(TensorSpec("fp8_e4m3"), TensorSpec("fp8_e4m3", "token", dynamic=True)),
-    "u4": Scheme(TensorSpec("uint4", symmetric=False, range="mse"), TensorSpec("uint8", "tensor", symmetric=False, per_step=True)),
-    "gptq": Scheme(W4, None, (), Rounding("gptq")),
-}  # fmt: skip
-
-
-def tiny_unet() -> UNet:
-    torch.manual_seed(1)
-    sizes = dict(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1)
-    blocks = dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
-    return UNet(UNetConfig(**sizes, **blocks, attention_head_dim=8, norm_num_groups=4)).eval()
-
-
-def tiny_dit() -> DiT:
-    torch.manual_seed(2)
-    config = DiTConfig(4, 16, 1, None, 2, True, 8, 2, 10)
-    return DiT(config).eval()
-
-
-NETS = {"unet": tiny_unet, "dit": tiny_dit}
-
-
-def inputs(name: str, n: int = 12) -> CalibrationSet:
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(n, 1, 8, 8, generator=generator)
-    t = torch.tensor([900.0, 500.0, 100.0]).repeat(n // 3)
-    cond = {"class_labels": torch.arange(n) % 10} if name == "dit" else {}
-    return CalibrationSet(x, t, cond)
-
-
-def output(net: nn.Module, data: CalibrationSet) -> torch.Tensor:
-    with torch.no_grad():
-        return net(data.x, data.t, **data.cond)
-
 
 # measured: worst of the two networks, less 3 dB; what the signs of a layer or a scale would cost is far more
 FLOORS = {
@@ -241,6 +192,21 @@ def test_T38_a_range_per_step_beats_one_for_all():
     fixed = [sqnr_db(x[i], layer.values_of(x[i : i + 1])[0]) for i in range(5)]
     assert min(per_step) >= 39 and fixed[0] <= 17 and fixed[-1] >= 39
     assert observer.drift() == pytest.approx(16, rel=0.15)
+
+
+def test_one_extreme_does_not_decide_a_searched_range():
+    """What a sample of the values and both bounds find is as good as the best range for all of the values."""
+    x = torch.randn(16, 20_000, generator=torch.Generator().manual_seed(0))
+    x[3, 12_345] = 12.0
+    observer = RangeObserver(1)
+    observer.update(x, torch.zeros(16, dtype=torch.int64))
+
+    def loss(top: float) -> float:
+        back = (x.double() * (127 / top)).round().clamp(-127, 127) * (top / 127)
+        return float((x.double() - back).abs().pow(2.4).sum())
+
+    found = 127 * float(observer.table(dataclasses.replace(TENSOR, range="mse"))[0])
+    assert loss(found) <= 1.05 * min(loss(float(top)) for top in range(4, 13)) < 0.8 * loss(12.0)
 
 
 def test_T39_rows_of_different_steps_share_a_batch():

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from test_quant_layers import inputs, output, tiny_dit
+from quant_networks import inputs, output, tiny_dit
 from torch import nn
 
 from fastdiff import accelerate, report

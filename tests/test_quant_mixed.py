@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from test_quant_layers import SPARED, inputs, output, tiny_dit
+from quant_networks import SPARED, inputs, output, tiny_dit
 from torch import nn
 
 from fastdiff.quant import QuantConfig, Rounding, Scheme, TensorSpec, quantize

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_quant_layers import inputs, output, tiny_dit, tiny_unet
+from quant_networks import NETS, inputs, output, tiny_unet
 
 from fastdiff.ops.solver_step import COEF
 from fastdiff.process import VPDiscrete
@@ -21,8 +21,6 @@ from fastdiff.quant.shortcuts import find_shortcuts
 from fastdiff.quant.temporal_block import feature_errors, find_block, stored_errors
 from fastdiff.quantized import ResidualVariance, noise_hooks
 from fastdiff.sampler import Sampler
-
-NETS = {"unet": tiny_unet, "dit": tiny_dit}
 
 
 def recipe(name: str, iters: int) -> QuantConfig:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_quant_layers import tiny_dit, tiny_unet
+from quant_networks import tiny_dit, tiny_unet
 from torch import nn
 from torch.nn import functional as F
 

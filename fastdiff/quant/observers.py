@@ -7,17 +7,20 @@ from fastdiff.quant.schemes import TensorSpec
 
 Tensor = torch.Tensor
 
-_KEPT = 4096  # values per step that a range search looks at
+_KEPT, _SHARE = 16384, 1024  # values per step that a range search looks at, and how many of them one sample gives
 
 
 class RangeObserver:
     """Bounds of a tensor for every step, and a sample of its values for range searches.
 
     Bounds are exact and do not depend on how the samples are cut into batches.
+
+    low, high  [S] float32;  count [S] float32, how many values were seen
     """
 
     def __init__(self, steps: int) -> None:
         self.low, self.high = torch.full((steps,), float("inf")), torch.full((steps,), float("-inf"))
+        self.count = torch.zeros(steps)
         self._values: list[list[Tensor]] = [[] for _ in range(steps)]
 
     def update(self, x: Tensor, rows: Tensor) -> None:
@@ -26,25 +29,26 @@ class RangeObserver:
         rows = (rows.expand(x.shape[0]) if rows.numel() == 1 else rows).cpu()
         self.low.scatter_reduce_(0, rows, flat.amin(1).cpu(), "amin")
         self.high.scatter_reduce_(0, rows, flat.amax(1).cpu(), "amax")
+        self.count.index_add_(0, rows, torch.full(rows.shape, float(flat.shape[1])))
         # a stride that is no multiple of the row length visits all channels and positions
-        stride = max(1, flat.shape[1] // 512) | 1
+        stride = max(1, flat.shape[1] // _SHARE) | 1
         for row, values in zip(rows.tolist(), flat[:, ::stride], strict=True):
             if sum(part.numel() for part in self._values[row]) < _KEPT:
                 self._values[row].append(values.cpu().clone())
 
     def table(self, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
         """Scale [S] and zero point [S] (or None) of every step; [1] unless the setting has one range per step."""
-        low, high = self.low, self.high
+        low, high, count = self.low, self.high, self.count
         samples = [torch.cat(parts) if parts else torch.zeros(1) for parts in self._values]
         if not spec.per_step:
-            low, high, samples = low.amin(0, keepdim=True), high.amax(0, keepdim=True), [torch.cat(samples)]
+            low, high, count = low.amin(0, keepdim=True), high.amax(0, keepdim=True), count.sum(0, keepdim=True)
+            samples = [torch.cat(samples)]
         if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
             raise ValueError("quantize: a step has no calibration samples, or its activations hold NaN or Inf")
         if spec.range in ("absmax", "signed"):
             return to_scale(low, high, spec)
-        # the exact bounds belong to the sample: no range search starts inside them
-        rows = [torch.cat((s, lo[None], hi[None]))[None] for s, lo, hi in zip(samples, low, high, strict=True)]
-        fitted = [fit(row, spec) for row in rows]
+        bounds = zip(samples, torch.stack((low, high), 1), count.tolist(), strict=True)
+        fitted = [_fit_sample(sample, bound, seen, spec) for sample, bound, seen in bounds]
         zero = None if fitted[0][1] is None else torch.cat([z for _, z in fitted])
         return torch.cat([s for s, _ in fitted]), zero
 
@@ -52,6 +56,18 @@ class RangeObserver:
         """Largest over smallest magnitude of the steps: above 4, one range for all steps wastes codes."""
         top = torch.maximum(self.low.abs(), self.high.abs())
         return float(top.max() / top.min().clamp(min=1e-30))
+
+
+def _fit_sample(sample: Tensor, bounds: Tensor, seen: float, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
+    """Scale [1] and zero point [1] or None for `seen` values, of which a sample and both bounds are known.
+
+    A bound counts as the one value that it is: with the weight of a sampled one it would decide the search alone.
+    """
+    if spec.range == "percentile":
+        return fit(sample[None], spec)
+    weights = torch.ones(sample.numel() + 2)
+    weights[-2:] = min(1.0, sample.numel() / seen)
+    return fit(torch.cat((sample, bounds))[None], spec, weights)
 
 
 class ChannelObserver:

@@ -22,10 +22,11 @@ def limits(spec: TensorSpec) -> tuple[int, int]:
     return (-high - 1 if spec.range == "signed" else -high), high
 
 
-def fit(rows: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
+def fit(rows: Tensor, spec: TensorSpec, weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point of every row of an integer format.
 
     rows     [R, G] float, finite
+    weights  [G] float, how often each column counts in a search; None counts all once
     returns  [R] float32 scales, positive (any sign but zero for range `signed`), and [R] uint8 zero points or None
     """
     rows = rows.float()
@@ -36,7 +37,7 @@ def fit(rows: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
         low, high = _percentile(rows, spec.p)
     if spec.range != "mse":
         return to_scale(low, high, spec)  # `nested` begins here too
-    return _search(rows, low, high, spec)
+    return _search(rows, low, high, spec, weights)
 
 
 def to_scale(low: Tensor, high: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
@@ -59,23 +60,26 @@ def round_to(rows: Tensor, scale: Tensor, zero: Tensor | None, spec: TensorSpec)
     return codes.clamp(*limits(spec))
 
 
-def error(rows: Tensor, scale: Tensor, zero: Tensor | None, spec: TensorSpec) -> Tensor:
-    """Sum of |x - x'|^p over every row, [R] float32."""
+def error(rows: Tensor, scale: Tensor, zero: Tensor | None, spec: TensorSpec, weights: Tensor | None = None) -> Tensor:
+    """Sum of |x - x'|^p over every row, each column times its weight [G], [R] float32."""
     scale = scale[:, None]
     zero = None if zero is None else zero[:, None]
     codes = round_to(rows, scale, zero, spec)
     back = codes * scale if zero is None else (codes - zero) * scale
-    return (rows - back).abs().pow(spec.p).sum(1)
+    powers = (rows - back).abs().pow(spec.p)
+    return powers.sum(1) if weights is None else powers @ weights
 
 
-def _search(rows: Tensor, low: Tensor, high: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
+def _search(
+    rows: Tensor, low: Tensor, high: Tensor, spec: TensorSpec, weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """The best of `grid` ranges, each a hundredth of the full one narrower than the one before."""
     scale, zero = to_scale(low, high, spec)
-    best = error(rows, scale, zero, spec)
+    best = error(rows, scale, zero, spec, weights)
     for step in range(1, min(spec.grid, 99)):
         keep = 1.0 - step / 100
         s, z = to_scale(low * keep, high * keep, spec)
-        found = error(rows, s, z, spec)
+        found = error(rows, s, z, spec, weights)
         better = found < best
         best = torch.where(better, found, best)
         scale = torch.where(better, s, scale)
