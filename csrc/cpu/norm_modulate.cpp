@@ -1,5 +1,6 @@
 #include "cpu/norm_modulate.h"
 
+#include "cpu/codes.h"
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
 #include "cpu/workspace.h"
@@ -93,49 +94,88 @@ FASTDIFF_ALWAYS void write_row(const Row& row, int64_t n, void* out, bool past, 
   }
 }
 
-constexpr int64_t kKept = 4096;  // channels of a normalized row that fit in the first cache
+constexpr int64_t kKept = 4096;  // channels of normalized rows that fit in the first cache
+constexpr int kTogether = 4;     // rows at most that go through the norm step by step
 
-// Longer rows are normalized twice.
+// The bits of the largest magnitude of a normalized row, which `kept` takes unless it is null.
 template <class Row>
-FASTDIFF_ALWAYS float write_codes(const Row& row, int64_t n, void* out) {
-  alignas(64) float kept[kKept];
-  const bool keeps = n <= kKept;
+FASTDIFF_ALWAYS int32_t normalize(const Row& row, int64_t n, float* kept) {
   I32 most{};
   each_vector(n, [&](int64_t c, auto part) {
     const F32 y = keep(Row::at(row, c, part), part);
     most = larger(most, magnitude(y));
-    if (keeps) put(kept + c, y, kFloat32, part);
+    if (kept) put(kept + c, y, kFloat32, part);
   });
-  const CodeScale s = code_scale(largest(most));
-  each_vector(n, [&](int64_t c, auto part) {
-    const F32 y = keeps ? fetch(kept + c, kFloat32, part) : Row::at(row, c, part);
-    put((int8_t*)out + c, y * s.inverse, kInt8, part);
-  });
-  return s.scale;
+  return largest(most);
+}
+
+// Codes of a normalized row, which lies in `kept` or is normalized again.
+template <class Row>
+FASTDIFF_ALWAYS void write_codes(const Row& row, int64_t n, const float* kept, float inverse, char* out) {
+  if (kept && inverse <= 0x1p127f) return quantize_as<kFloat32>(out, (const char*)kept, n, inverse, 0, false);
+  each_vector(n, [&](int64_t c, auto part) { put(out + c, Row::at(row, c, part) * inverse, kInt8, part); });
+}
+
+template <class Row>
+FASTDIFF_ALWAYS void write_codes(const Row* rows, int count, int64_t n, float* scales, char* out) {
+  alignas(64) float kept[kKept];
+  float* const keeps = n <= kKept ? kept : nullptr;
+  CodeScale s[kTogether];
+  for (int i = 0; i < count; ++i) s[i] = code_scale(normalize(rows[i], n, keeps ? keeps + i * n : keeps));
+  for (int i = 0; i < count; ++i) {
+    write_codes(rows[i], n, keeps ? keeps + i * n : keeps, s[i].inverse, out + i * n);
+    scales[i] = s[i].scale;
+  }
+}
+
+// What a row of the result is made of: x, or the sum x + gate * y, which it writes.
+template <int kType>
+FASTDIFF_ALWAYS const void* source(const NormModulate& t, const Affines& affines, int64_t r) {
+  const int64_t b = r / t.tokens, n = r % t.tokens;
+  const void* const x = element(t.x.data, b * t.x.stride_b + n * t.x.stride_n, kType);
+  if (!t.y.data) return x;
+  void* const sum = element(t.sum, r * t.channels, kType);
+  const void* const y = element(t.y.data, b * t.y.stride_b + n * t.y.stride_n, t.y.type);
+  add_gated<kType>(t, x, y, t.gate.data ? affines.of(b).gate : nullptr, sum);
+  return sum;
+}
+
+template <int kType, bool kAffine>
+FASTDIFF_ALWAYS void find_rows(const NormModulate& t, const Affines& affines, int64_t first, int count,
+                               Normed<kType, kAffine>* rows) {
+  const void* x[kTogether];
+  Moments m[kTogether];
+  for (int i = 0; i < count; ++i) x[i] = source<kType>(t, affines, first + i);
+  if (t.centred) {
+    moments<kType>(x, count, t.channels, m);
+  } else {
+    for (int i = 0; i < count; ++i) m[i] = {0.0f, 0.0f, mean_square<kType>(x[i], t.channels)};
+  }
+  for (int i = 0; i < count; ++i) {
+    const Affine affine = kAffine ? affines.of((first + i) / t.tokens) : Affine{nullptr, nullptr, nullptr};
+    rows[i] = {x[i], m[i].mean, m[i].rest, inverse_root(m[i].variance + t.eps), affine};
+  }
 }
 
 template <int kType, int kOut, bool kAffine>
 static void run_rows(const NormModulate& t, const Affines& affines) {
   const int64_t C = t.channels, total = t.batch * t.tokens * C;
   const bool past = total * size_of(kOut) >= kPastCaches && C % kFloats == 0 && (uintptr_t)t.out % kBytes == 0;
+  const int64_t together = past || C * 2 > kKept ? 1 : C * kTogether > kKept ? 2 : kTogether;
   auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t b = r / t.tokens, n = r % t.tokens;
-      const void* x = element(t.x.data, b * t.x.stride_b + n * t.x.stride_n, kType);
-      const Affine affine = kAffine ? affines.of(b) : Affine{nullptr, nullptr, nullptr};
-      if (t.y.data) {
-        void* sum = element(t.sum, r * C, kType);
-        const void* y = element(t.y.data, b * t.y.stride_b + n * t.y.stride_n, t.y.type);
-        add_gated<kType>(t, x, y, t.gate.data ? affine.gate : nullptr, sum);
-        x = sum;
-      }
-      const Moments m = t.centred ? moments<kType>(x, C) : Moments{0.0f, 0.0f, mean_square<kType>(x, C)};
-      const Normed<kType, kAffine> row{x, m.mean, m.rest, inverse_root(m.variance + t.eps), affine};
-      void* out = element(t.out, r * C, kOut);
+    for (int64_t r = begin; r < end; r += together) {
+      const int count = int(end - r < together ? end - r : together);
+      Normed<kType, kAffine> rows[kTogether];
+      find_rows<kType, kAffine>(t, affines, r, count, rows);
+      char* const out = element(t.out, r * C, kOut);
       if (kOut == kInt8) {
-        t.scales[r] = write_codes(row, C, out);
-      } else {
-        write_row<kType, kOut>(row, C, out, past, t.y.data ? x : element(x, t.x.stride_n, kType));
+        write_codes(rows, count, C, t.scales + r, out);
+        continue;
+      }
+      for (int i = 0; i < count; ++i) {
+        const Normed<kType, kAffine> row = rows[i];  // in registers: stores to `out` may not change it
+        const void* const next = t.y.data ? row.x : element(row.x, t.x.stride_n, kType);
+        write_row<kType, kOut>(row, C, element(out, i * C, kOut), past, next);
       }
     }
     _mm_sfence();

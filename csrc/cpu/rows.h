@@ -230,21 +230,35 @@ struct Moments {
   float mean, rest, variance;
 };
 
+// Moments of rows, step by step for all of them: one row's last additions wait for each other while the next begins.
+template <int kType>
+FASTDIFF_ALWAYS void moments(const void* const* x, int rows, int64_t n, Moments* to) {
+  const double share = 1.0 / double(n);
+  for (int r = 0; r < rows; ++r) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; i += kBlock)
+      sum += double(sum_block<kType>(element(x[r], i, kType), n - i < kBlock ? n - i : kBlock));
+    to[r].mean = float(sum * share);
+  }
+  for (int r = 0; r < rows; ++r) {
+    double first = 0, second = 0;
+    for (int64_t i = 0; i < n; i += kBlock) {
+      float a, b;
+      sum_about<kType>(element(x[r], i, kType), n - i < kBlock ? n - i : kBlock, to[r].mean, a, b);
+      first += double(a);
+      second += double(b);
+    }
+    const double rest = first * share, variance = second * share - rest * rest;
+    to[r].rest = float(rest);
+    to[r].variance = variance < 0 ? 0.0f : float(variance);
+  }
+}
+
 template <int kType>
 FASTDIFF_ALWAYS Moments moments(const void* x, int64_t n) {
-  const double share = 1.0 / double(n);
-  double sum = 0, first = 0, second = 0;
-  for (int64_t i = 0; i < n; i += kBlock)
-    sum += double(sum_block<kType>(element(x, i, kType), n - i < kBlock ? n - i : kBlock));
-  const float pivot = float(sum * share);
-  for (int64_t i = 0; i < n; i += kBlock) {
-    float a, b;
-    sum_about<kType>(element(x, i, kType), n - i < kBlock ? n - i : kBlock, pivot, a, b);
-    first += double(a);
-    second += double(b);
-  }
-  const double rest = first * share, variance = second * share - rest * rest;
-  return {pivot, float(rest), variance < 0 ? 0.0f : float(variance)};
+  Moments m;
+  moments<kType>(&x, 1, n, &m);
+  return m;
 }
 
 // The sum of squares of n <= kBlock elements.
