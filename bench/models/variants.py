@@ -27,8 +27,8 @@ class Variant:
     prepare: Callable[[Workload], None] | None = None
 
 
-def _ours(mode: str, precision: str, bytes: float) -> Variant:
-    return Variant(precision, lambda workload, threads: ours.load(workload, mode), bytes)
+def _ours(mode: str, precision: str, bytes: float, attention: str | None = None) -> Variant:
+    return Variant(precision, lambda workload, threads: ours.load(workload, mode, attention), bytes)
 
 
 def _torch(precision: str, dtype: torch.dtype, compiled: bool, bytes: float) -> Variant:
@@ -42,6 +42,7 @@ def _openvino(precision: str, hint: str, int8: bool, bytes: float) -> Variant:
 
 VARIANTS = {
     "fastdiff-w8a8": _ours("w8a8", "int8", 6.0),
+    "fastdiff-w8a8-int8attention": _ours("w8a8", "int8", 6.0, attention="int8"),
     "fastdiff-bf16": _ours("bf16", "bf16", 7.0),
     "fastdiff-exact": _ours("exact", "fp32", 9.0),
     "openvino-int8": _openvino("int8", "bf16", True, 3.0),
