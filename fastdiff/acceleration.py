@@ -46,7 +46,8 @@ def accelerate(
     cache          a `fastdiff.Cache`: use features of inner blocks again within an error budget (lossy; known families)
     guidance       a `fastdiff.AdaptiveGuidance` for a pipeline: leave out negative branches that no longer matter (lossy)
     deterministic  "run": equal calls have equal bits; "batch": rows of lowered models do not depend on their batch either;
-                   "off": layers of models that are not lowered are timed, and keep what is faster on this machine
+                   "off": layers of models that are not lowered are timed, and keep what is faster on this machine. Those of
+                   known families are not: they hand codes and residuals to each other, and none of torch's takes those
     strict         raise RuntimeError where a module, or a pipeline's denoiser or scheduler, would run as before; else
                    `report` tells where
     guard          look for NaN and Inf after every call, and do the layer that made them again in float32
