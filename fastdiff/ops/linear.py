@@ -2,7 +2,7 @@
 
 import torch
 
-from fastdiff.ops import native, onednn
+from fastdiff.ops import cublas, native, onednn
 from fastdiff.ops.linear_call import FLOATS, check_call, columns, finish, refuse_triton, run, run_triton
 from fastdiff.ops.linear_samples import BF16, F16, F32, layouts, samples
 from fastdiff.ops.packing import holds, pack, padded_columns, refuse_rows, unpack
@@ -50,7 +50,8 @@ def linear(
     out           [..., N] out_dtype (N / 2 for pairs)
 
     Products accumulate in float32; with a 16-bit weight x is rounded to its dtype first. The epilogue is float32.
-    A row's bits do not depend on the others. No rows give an empty result; K = 0 gives what an x of zeros would.
+    A row's bits do not depend on the others; on a GPU they may on how many there are. No rows give an empty result;
+    K = 0 gives what an x of zeros would.
     """
     wide = torch.promote_types(torch.float32, x.dtype)
     rounded = x.to(weight.dtype) if weight.dtype in (torch.bfloat16, torch.float16) else x
@@ -75,6 +76,7 @@ def _refuse_onednn(x, weight, *rest):
 
 
 linear.variant("onednn", ("cpu",), onednn.onednn_missing, _refuse_onednn)(onednn.run_linear)
+linear.variant("cublas", ("cuda",), cublas.cublas_missing, cublas.refuse_linear)(cublas.run_linear)
 
 
 def _refuse_triton(x, weight, *rest):

@@ -12,7 +12,7 @@ from fastdiff.ops.packing import unpack, unpack_conv
 
 Tensor = torch.Tensor
 _ATTRIBUTES = {"none": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
-_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # our packed weight -> (what it was made from, oneDNN's)
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # our weight -> (what it was made from, the library's)
 
 
 def onednn_missing() -> str | None:
@@ -44,7 +44,7 @@ def run_linear(x, weight, out_features, bias, activation, gate, residual, out_dt
     brain = weight.dtype == torch.bfloat16
     wide = out_features if brain else 16 * weight.shape[0]
     make = lambda: torch.ops.mkldnn._reorder_linear_weight(unpack(weight, wide, x.shape[-1]))
-    packed = _prepacked(weight, (wide, x.shape[-1]), make)
+    packed = prepacked(weight, (wide, x.shape[-1]), make)
     name, algorithm = _ATTRIBUTES[activation] if brain else _ATTRIBUTES["none"]
     x = x.to(weight.dtype).contiguous()
     y = torch.ops.mkldnn._linear_pointwise(x, packed, bias if brain else None, name, [], algorithm)
@@ -77,15 +77,15 @@ def run_conv2d(
     make = lambda: torch.ops.mkldnn._reorder_convolution_weight(
         unpack_conv(weight, out_channels, channels, kernel), *geometry, list(planes.shape)
     )
-    packed = _prepacked(weight, (out_channels, *channels, kernel, stride, top, left), make)
+    packed = prepacked(weight, (out_channels, *channels, kernel, stride, top, left), make)
     brain = weight.dtype == torch.bfloat16
     y = torch.ops.mkldnn._convolution_pointwise(planes, packed, bias if brain else None, *geometry, "none", [], "")
     y = y.permute(0, 2, 3, 1)
     return (y if brain else conv2d_call.finish(y, bias, emb, residual).to(out_dtype)).contiguous()
 
 
-def _prepacked(weight: Tensor, key: tuple, make: Callable[[], Tensor]) -> Tensor:
-    """oneDNN's form of one of our packed weights, kept as long as the weight lives and is not written to."""
+def prepacked(weight: Tensor, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+    """A library's form of one of our weights, kept as long as the weight lives and is not written to."""
     origin = (*key, None if weight.is_inference() else weight._version)
     known = _kept.get(weight)
     if known is None or known[0] != origin:

@@ -1,4 +1,4 @@
-"""Which tile of the linear kernel serves a call: tables per architecture, and a choice by how full the last wave is."""
+"""Which tile of the linear kernel serves a call: tables per architecture, and a choice by how evenly blocks are spread."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 class Tile(NamedTuple):
     """BLOCK_M rows, BLOCK_N columns, bytes of x along K; warps, stages, parts of the epilogue; tma: descriptors.
 
-    shared  blocks that fit a multiprocessor at a time, by registers and shared memory
+    shared  blocks that a multiprocessor has room for at a time
     rate    relative speed of a multiprocessor that is full of such blocks: what tiles of this size reach elsewhere
     """
 
@@ -72,7 +72,7 @@ def few_tile(arch: int, rows: int, columns: int, processors: int) -> Tile:
 
 
 def many_tile(arch: int, rows: int, columns: int, processors: int, tma: bool, plain: bool) -> Tile:
-    """The tile that needs the least time for [rows, columns], by waves of blocks over the multiprocessors.
+    """The tile that needs the least time for [rows, columns], by what the busiest multiprocessor has to do.
 
     tma    x and weight allow descriptors
     plain  they are multiplied as they come, and one sum is kept
@@ -88,5 +88,4 @@ def lighter(tile: Tile, tma: bool) -> Tile:
 
 def _time(tile: Tile, rows: int, columns: int, processors: int) -> float:
     blocks = -(-rows // tile.rows) * -(-columns // tile.columns)
-    waves = -(-blocks // (processors * tile.shared))
-    return waves * tile.shared * tile.rows * tile.columns / tile.rate
+    return -(-blocks // processors) * tile.rows * tile.columns / tile.rate

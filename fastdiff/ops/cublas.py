@@ -1,0 +1,33 @@
+"""Matrix products by cuBLAS through torch, where nothing but a bias follows them."""
+
+import torch
+import torch.nn.functional as F
+
+from fastdiff.ops.linear_call import row_stride
+from fastdiff.ops.onednn import prepacked
+from fastdiff.ops.packing import refuse_panels
+
+
+def cublas_missing() -> str | None:
+    """Why cuBLAS cannot run here at all, or None."""
+    return None if torch.cuda.is_available() else "torch sees no CUDA GPU"
+
+
+def refuse_linear(x, weight, out_features, bias, activation, gate, residual, out_dtype) -> str | None:
+    """Why cuBLAS cannot serve this call of `linear`, or None."""
+    if activation != "none" or gate is not None or residual is not None:
+        return "adds nothing but a bias in the same pass"
+    if not x.dtype == weight.dtype == out_dtype or weight.dtype == torch.float64:
+        return f"multiplies and returns the weight's dtype, {weight.dtype}"
+    if x.numel() == 0 or weight.numel() == 0:
+        return "x and weight must have elements"
+    return refuse_panels(weight)
+
+
+def run_linear(x, weight, out_features, bias, activation, gate, residual, out_dtype) -> torch.Tensor:
+    """`linear` by cuBLAS. The bias is rounded to the weight's dtype; float32 is TF32 only where torch is told to."""
+    K = x.shape[-1]
+    rows = x.as_strided((x.numel() // K, K), (row_stride(x), 1))
+    if bias is not None and bias.dtype != weight.dtype:
+        bias = prepacked(bias, (weight.dtype,), lambda: bias.to(weight.dtype))
+    return F.linear(rows, weight[:out_features, :K], bias).view(*x.shape[:-1], out_features)
