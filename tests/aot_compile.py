@@ -18,10 +18,11 @@ os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")
 import triton
 from aot_attention import ATTENTION
 from aot_cases import MEMORY, SOLVER, Case
+from aot_conv2d import CONV2D
 from aot_linear import LINEAR
 from triton.backends.compiler import GPUTarget
 
-CASES = {**SOLVER, **MEMORY, **ATTENTION, **LINEAR}
+CASES = {**SOLVER, **MEMORY, **ATTENTION, **LINEAR, **CONV2D}
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 

@@ -21,6 +21,8 @@ SHAPES = (
     (1, 256, 256, 16),
     (8, 256, 256, 16),
 )
+# SDXL at 1024 pixels, its second level with the skipped image beside, and the deepest level of SD1.5
+GPU_SHAPES = ((2, 320, 320, 128), (2, 640, 640, 64), (2, 1280, 1280, 32), (2, 2560, 1280, 32), (2, 1280, 1280, 8))
 AROUND, ONE = [1, 1, 1, 1], [1, 1]
 
 
@@ -37,8 +39,20 @@ def cases(device: str, shapes: tuple = (), dtype: torch.dtype = torch.float32) -
         contenders = {"fastdiff": ours, "torch": plain}
         if device == "cpu":
             contenders["onednn"] = onednn(planes, last, bias.to(dtype))
-        label = f"{C} to {N} at {B} x {size}^2, {dtype}"
-        yield Case(label, contenders, x.nbytes + packed.nbytes + B * size * size * N * dtype.itemsize)
+        else:
+            contenders |= fused(x, packed, bias, plain)
+        pixels = B * size * size
+        traffic = x.nbytes + packed.nbytes + pixels * N * dtype.itemsize
+        yield Case(f"{C} to {N} at {B} x {size}^2, {dtype}", contenders, traffic, 18 * pixels * C * N)
+
+
+def fused(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, plain: Callable) -> dict[str, Callable]:
+    """With the time embedding and the residual that a ResNet block adds."""
+    emb = torch.randn(x.shape[0], len(bias), device=x.device)
+    residual = torch.randn(*x.shape[:3], len(bias), device=x.device, dtype=x.dtype)
+    args = (x, None, packed, len(bias), 3, 1, AROUND, 1, bias, emb, residual, x.dtype)
+    columns, planes = emb.to(x.dtype)[:, :, None, None], residual.permute(0, 3, 1, 2)
+    return {"fastdiff, fused": lambda: conv2d(*args), "torch, fused": lambda: plain() + columns + planes}
 
 
 def onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from fastdiff.ops import native
+from fastdiff.ops.packing import in_rows, packed_k
 from fastdiff.ops.promote import FLOATS
 
 
@@ -66,14 +67,23 @@ def check_epilogue(name: str, shape: tuple[int, ...], bias, emb, residual, devic
         raise TypeError(f"{name}: residual must be a contiguous float tensor, got {residual.dtype}")
 
 
-def check_weight(name: str, weight: torch.Tensor, group: int, channels: list[int], out_channels: int, kernel: int):
+def check_weight(name: str, weight: torch.Tensor, channels: list[int], out_channels: int, kernel: int) -> None:
     """Raises unless a packed weight has the shape that pack_conv gives it."""
-    rows = sum(-(-c // group) for c in channels) * kernel * kernel
-    wanted = (-(-out_channels // 16), rows, 16, group)
+    rows = in_rows(weight)
+    group = 16 // weight.element_size() if rows else packed_k(weight.dtype)
+    steps = sum(-(-c // group) for c in channels) * kernel * kernel
+    panels = -(-out_channels // 16)
+    wanted = (16 * panels, steps * group) if rows else (panels, steps, 16, group)
     if tuple(weight.shape) != wanted or not weight.is_contiguous():
         raise ValueError(
             f"{name}: weight must be packed as {list(wanted)}, got {list(weight.shape)}; pack it with pack_conv()"
         )
+
+
+def refuse_pixels(x: torch.Tensor, shape: tuple[int, ...]) -> str | None:
+    """Why the Triton kernel cannot number the pixels, or None."""
+    most = max(x.shape[0] * x.shape[1] * x.shape[2], shape[0] * shape[1] * shape[2])
+    return None if most < 2**31 else f"takes less than 2^31 pixels, got {most}"
 
 
 def convolve(x, weight, stride: int, padding: list[int], upsample: int) -> torch.Tensor:

@@ -29,14 +29,17 @@ SHAPES = (
 )
 
 
-def make_call(shape, dtype=torch.float32, weights=torch.float32, seed=0, device="cpu", size=1.0) -> tuple:
+def make_call(
+    shape, dtype=torch.float32, weights=torch.float32, seed=0, device="cpu", size=1.0, layout="panels"
+) -> tuple:
     """Arguments of conv2d for a row of SHAPES, with bias; emb and residual come with every second and third seed."""
     batch, height, width, c1, c2, n, kernel, stride, padding, upsample = shape
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *sizes: torch.randn(sizes, generator=generator)
     x, x2 = ((size * normal(batch, height, width, c)).to(device, dtype) for c in (c1, c2))
     channels = [c1, c2] if c2 else [c1]
-    weight = pack_conv(normal(n, c1 + c2, kernel, kernel).to(weights) / (c1 + c2) ** 0.5, channels).to(device)
+    weight = normal(n, c1 + c2, kernel, kernel).to(weights) / (c1 + c2) ** 0.5
+    weight = pack_conv(weight, channels, layout).to(device)
     shape = output_shape(x, n, kernel, stride, padding, upsample)
     emb = normal(batch, 3 * n).to(device)[:, n : 2 * n] if seed % 2 else None
     residual = normal(*shape).to(device, dtype) if seed % 3 else None
@@ -44,7 +47,9 @@ def make_call(shape, dtype=torch.float32, weights=torch.float32, seed=0, device=
     return x, x2 if c2 else None, weight, n, kernel, stride, list(padding), upsample, bias, emb, residual, dtype
 
 
-def make_int8_call(shape, dtype=torch.float32, out=torch.float32, static=False, seed=0, device="cpu") -> tuple:
+def make_int8_call(
+    shape, dtype=torch.float32, out=torch.float32, static=False, seed=0, device="cpu", layout="panels"
+) -> tuple:
     """Arguments of conv2d_w8a8 for a row of SHAPES; int8 `dtype` or `static` come with scales."""
     floats = make_call(shape, torch.float32, torch.float32, seed, device)
     x, x2, _, n, kernel, stride, padding, upsample, bias, emb, residual, _ = floats
@@ -61,5 +66,5 @@ def make_int8_call(shape, dtype=torch.float32, out=torch.float32, static=False, 
             image = (image * 40).round().clamp(-127, 127)
         images += [None if image is None else image.to(dtype), scales]
     out_scale = torch.tensor([0.05], device=device) if out == torch.int8 else None
-    packed = pack_conv(codes, channels).to(device), scale, conv_weight_sums(codes, channels).to(device)
+    packed = pack_conv(codes, channels, layout).to(device), scale, conv_weight_sums(codes, channels).to(device)
     return *images, *packed, n, kernel, stride, padding, upsample, bias, emb, residual, out_scale, out

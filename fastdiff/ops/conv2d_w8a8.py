@@ -8,7 +8,8 @@ from fastdiff.ops import conv2d_call as plain
 from fastdiff.ops import memory, native
 from fastdiff.ops.conv2d_samples import SHAPES
 from fastdiff.ops.conv2d_samples import make_int8_call as make_call
-from fastdiff.ops.packing import unpack_conv
+from fastdiff.ops.linear_samples import layouts
+from fastdiff.ops.packing import padded_channels, refuse_panels, refuse_rows, unpack_conv
 from fastdiff.ops.promote import FLOATS
 from fastdiff.ops.registry import op
 
@@ -27,7 +28,7 @@ def _check(
         _check_scale(image, scale)
     if weight.dtype != torch.int8:
         raise TypeError(f"{name}: weight must be int8, got {weight.dtype}")
-    plain.check_weight(name, weight, 4, channels, out_channels, kernel)
+    plain.check_weight(name, weight, channels, out_channels, kernel)
     if max(channels) * kernel * kernel > MOST_PRODUCTS:
         raise ValueError(f"{name}: channels * kernel^2 must be at most {MOST_PRODUCTS}, got {channels}, {kernel}")
     _check_vector("weight_scale", weight_scale, torch.float32, (out_channels,))
@@ -126,7 +127,11 @@ def conv2d_w8a8(
     return y if weight_scale.dtype == torch.float64 else y.to(out_dtype)
 
 
-@conv2d_w8a8.variant("cpu", devices=("cpu",), missing=native.cpu_missing)
+def _refuse_cpu(x, x_scale, x2, x2_scale, weight, *rest) -> str | None:
+    return refuse_rows(weight)
+
+
+@conv2d_w8a8.variant("cpu", devices=("cpu",), missing=native.cpu_missing, refuse=_refuse_cpu)
 def _(
     x, x_scale, x2, x2_scale, weight, weight_scale, weight_sum, out_channels, kernel, stride, padding, upsample,
     bias, emb, residual, out_scale, out_dtype,
@@ -139,21 +144,54 @@ def _(
     return out
 
 
+def _refuse_triton(
+    x, x_scale, x2, x2_scale, weight, weight_scale, weight_sum, out_channels, kernel, stride, padding, upsample, *rest
+) -> str | None:
+    shape = plain.output_shape(x, out_channels, kernel, stride, padding, upsample)
+    return refuse_panels(weight) or plain.refuse_pixels(x, shape)
+
+
+@conv2d_w8a8.variant("triton", devices=("cuda",), missing=native.triton_missing, refuse=_refuse_triton)
+def _(
+    x, x_scale, x2, x2_scale, weight, weight_scale, weight_sum, out_channels, kernel, stride, padding, upsample,
+    bias, emb, residual, out_scale, out_dtype,
+):  # fmt: skip
+    from fastdiff.kernels.conv2d_codes import codes_of
+    from fastdiff.kernels.conv2d_launch import Sizes, conv2d_triton
+
+    shape = plain.output_shape(x, out_channels, kernel, stride, padding, upsample)
+    out = memory.empty(shape, out_dtype, x.device)
+    if out.numel() == 0:
+        return out
+    images = [(i, scale) for i, scale in ((x, x_scale), (x2, x2_scale)) if i is not None]
+    segments = [(i, scale) if i.dtype == torch.int8 else codes_of(i, scale) for i, scale in images]
+    padded = padded_channels(weight, [i.shape[3] for i, _ in images], kernel)
+    sizes = Sizes(*x.shape[:3], *shape[1:3], kernel, stride, padding[0], padding[2], upsample)
+    conv2d_triton(out, segments, weight, padded, sizes, weight_scale, bias, emb, residual, out_scale)
+    return out
+
+
 @conv2d_w8a8.sample
 def _(device) -> Iterator[tuple]:
+    for layout in layouts(device):
+        yield from _samples(device, layout)
+
+
+def _samples(device, layout: str) -> Iterator[tuple]:
+    make = lambda *args, **options: make_call(*args, device=device, layout=layout, **options)
     for seed, shape in enumerate(SHAPES):
-        yield make_call(shape, seed=seed, device=device)
-        yield make_call(shape, torch.int8, seed=seed + 1, device=device)
+        yield make(shape, seed=seed)
+        yield make(shape, torch.int8, seed=seed + 1)
     for dtype in FLOATS:
         for seed in (2, 6, 9, 11):
-            yield make_call(SHAPES[seed], dtype, dtype, True, seed, device)
+            yield make(SHAPES[seed], dtype, dtype, True, seed)
     for dtype in (torch.float32, torch.int8):
         for seed in (2, 7, 9):
-            yield make_call(SHAPES[seed], dtype, torch.int8, True, seed, device)
+            yield make(SHAPES[seed], dtype, torch.int8, True, seed)
     for value in (float("nan"), float("inf")):
-        spoilt = make_call(SHAPES[3], seed=3, device=device)
+        spoilt = make(SHAPES[3], seed=3)
         spoilt[0][1, 2, 3, 4] = value
         yield spoilt
-    dark = make_call(SHAPES[3], seed=2, device=device)
+    dark = make(SHAPES[3], seed=2)
     dark[0][1] = 0
     yield dark

@@ -1,0 +1,275 @@
+"""Chooses configurations of the convolution kernels and launches them."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from fastdiff.kernels.attention_launch import family
+from fastdiff.kernels.conv2d import conv2d_finish_kernel, conv2d_kernel
+from fastdiff.kernels.rounding import INTERPRETED
+from fastdiff.kernels.row_blocks import tile_of as finish_tile
+
+_TYPES = {
+    torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8,
+}  # fmt: skip
+FINISH_OPTIONS = {"num_warps": 4}
+MAX_SPLITS, MIN_STEPS = 8, 8  # parts of a sum; steps of each at least
+MOST_PIXELS = 2**31 - 1
+
+
+class Tile(NamedTuple):
+    """pixels and columns (outputs) at once, bytes of a step along the channels, warps, stages; tma: by descriptors."""
+
+    pixels: int
+    columns: int
+    step: int
+    warps: int
+    stages: int
+    tma: bool = False
+
+    @property
+    def parts(self) -> int:
+        """Of the columns at the end: 16 results a thread at once, or a quarter of all, so that few registers are needed."""
+        return min(max(self.pixels * self.columns // (32 * self.warps) // 16, 1), 4)
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+class Sizes(NamedTuple):
+    """Height and width of the input and of the result, and what conv2d says of the others; left and top of the padding."""
+
+    batch: int
+    height: int
+    width: int
+    out_height: int
+    out_width: int
+    kernel: int
+    stride: int
+    left: int
+    top: int
+    upsample: int
+
+
+# per architecture, largest first: narrow images and results take the later ones. Chosen by registers, spills and shared
+# memory of what tests/aot_conv2d.py compiles; two blocks of 128 x 128 share a multiprocessor of sm_90
+TILES: dict[int, tuple[Tile, ...]] = {
+    80: (Tile(128, 128, 128, 8, 4), Tile(128, 64, 128, 4, 4), Tile(128, 16, 128, 4, 4)),
+    90: (Tile(128, 128, 128, 8, 3), Tile(128, 64, 128, 4, 3), Tile(128, 16, 128, 4, 3)),
+    100: (Tile(128, 128, 128, 8, 3), Tile(128, 64, 128, 4, 3), Tile(128, 16, 128, 4, 3)),
+    120: (Tile(128, 128, 128, 8, 3), Tile(128, 64, 128, 4, 3), Tile(128, 16, 128, 4, 3)),
+}
+# stride 1 without upsampling, where channels allow descriptors
+TMA_TILES: dict[int, tuple[Tile, ...]] = {
+    90: (Tile(256, 128, 128, 8, 4, True), Tile(128, 128, 128, 8, 3, True), Tile(128, 64, 128, 4, 3, True)),
+    100: (Tile(128, 128, 128, 8, 3, True), Tile(128, 64, 128, 4, 3, True)),
+}
+EXACT_TILE = Tile(64, 64, 64, 4, 2)  # float32: three TF32 products in one's place
+INTERPRETED_TILE = Tile(256, 128, 64, 4, 1)
+
+
+def tile_of(arch: int, processors: int, sizes: Sizes, n: int, tma: bool, two_sums: bool) -> Tile:
+    """The tile of a call with n outputs, in 16 or 8 bits, on a GPU with so many multiprocessors.
+
+    tma: the tensors allow descriptors. two_sums: those of two int8 segments are kept apart. The largest tile whose columns
+    are not mostly empty and which keeps every multiprocessor busy; where none does, the largest of 128 pixels.
+    """
+    pixels = sizes.batch * sizes.out_height * sizes.out_width
+    tables = (TMA_TILES.get(arch, ()) if tma and n > 16 else (), TILES[arch])
+    for tile in (tile for table in tables for tile in table):
+        tiles = triton.cdiv(pixels, tile.pixels) * triton.cdiv(n, tile.columns)
+        busy = tile.pixels <= 128 or tiles >= processors and not two_sums
+        if busy and (tile.columns < 2 * n or tile.columns <= 16):
+            return _with_two_sums(arch, tile) if two_sums else tile
+    raise AssertionError("every table ends with 128 pixels and 16 outputs")
+
+
+def _with_two_sums(arch: int, tile: Tile) -> Tile:
+    """Half of the results a thread, or else two sums spill; on sm_90 operands leave them room."""
+    return tile if arch == 90 else tile._replace(columns=min(tile.columns, 64), warps=8)
+
+
+def step_of(tile: Tile, channels: list[int], size: int) -> int:
+    """Channels at once: half a tile's step where that wastes less, or where int8 has to have 32."""
+    wide = tile.step // size
+    waste = lambda step: sum(-(-c // step) * step for c in channels)
+    return wide // 2 if tile.step > 64 and waste(wide // 2) < waste(wide) else wide
+
+
+def splits_of(processors: int, sizes: Sizes, n: int, steps: int) -> int:
+    """Parts of the sum that are made side by side. A function of one sample's size: its bits do not depend on the batch."""
+    tiles = triton.cdiv(sizes.out_height * sizes.out_width, 128) * triton.cdiv(n, 128)
+    return max(min(processors // tiles, steps // MIN_STEPS, MAX_SPLITS), 1)
+
+
+@functools.lru_cache(1024)
+def box_of(pixels: int, batch: int, height: int, width: int) -> tuple[int, int, int]:
+    """Images, rows and columns of a tile, powers of two with so many pixels: as few tiles as can be, near to squares."""
+    powers = [1 << i for i in range(pixels.bit_length())]
+    boxes = [(pixels // (r * c), r, c) for r in powers for c in powers if r * c <= pixels]
+    tiles = lambda box: triton.cdiv(batch, box[0]) * triton.cdiv(height, box[1]) * triton.cdiv(width, box[2])
+    return min(boxes, key=lambda box: (tiles(box), box[0], abs(box[2] - 2 * box[1])))
+
+
+def allows_descriptors(images: list[torch.Tensor], weight: torch.Tensor, sizes: Sizes) -> bool:
+    """Whether TMA descriptors can describe a call: 16-byte steps, pixels that follow each other, no cast afterwards."""
+    if sizes.stride != 1 or sizes.upsample != 1:
+        return False
+    aligned = lambda x: x.dtype == weight.dtype and x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0
+    return all(aligned(x) for x in (*images, weight))
+
+
+@functools.cache
+def _gpu(index: int) -> tuple[int, int]:
+    """The architecture whose tiles serve a GPU, and its number of multiprocessors."""
+    properties = torch.cuda.get_device_properties(index)
+    return family((properties.major, properties.minor)), properties.multi_processor_count
+
+
+def conv2d_triton(
+    out: torch.Tensor,
+    segments: list[tuple[torch.Tensor, torch.Tensor | None]],
+    weight: torch.Tensor,
+    padded: list[int],
+    sizes: Sizes,
+    weight_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    emb: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
+    tile: Tile | None = None,
+    splits: int | None = None,
+) -> None:
+    """Fills contiguous out [B, Ho, Wo, N].
+
+    segments   one or two (x [B, H, W, C], scale float32 [B] or [1]); scale None where weight is a float
+    weight     rows of the dtype that is multiplied in; int8 meets int8 only
+    padded     channels of each segment in a row of weight
+    tile, splits    replace the tables'
+    """
+    if out.numel() == 0:
+        return
+    images, size, n = [x for x, _ in segments], weight.element_size(), out.shape[3]
+    arch, processors = (0, 1) if INTERPRETED.value else _gpu(out.device.index)
+    if tile is None:
+        tile = _tile(arch, processors, images, weight, sizes, n)
+    channels = [x.shape[3] for x in images]
+    block = step_of(tile, channels, size)
+    steps = sizes.kernel**2 * min(triton.cdiv(c, block) for c in channels)
+    splits = splits or splits_of(processors, sizes, n, steps)
+    finishing = (bias, emb, residual, out_scale, out)
+    scales = [scale for _, scale in segments] + [None] * (2 - len(segments))
+    kept = None
+    if splits > 1:
+        codes = weight.dtype == torch.int8
+        shape = (splits * (len(segments) if codes else 1), out.numel())
+        kept = torch.empty(shape, dtype=torch.int32 if codes else torch.float32, device=out.device)
+    _launch(images, scales, weight, padded, weight_scale, finishing, kept, sizes, tile, block, splits)
+    if kept is not None:
+        finish_triton(kept, splits, scales, weight_scale, *finishing)
+
+
+def _tile(arch: int, processors: int, images: list[torch.Tensor], weight: torch.Tensor, sizes: Sizes, n: int) -> Tile:
+    if INTERPRETED.value:
+        return INTERPRETED_TILE
+    if weight.dtype == torch.float32:
+        return EXACT_TILE
+    tma = arch in TMA_TILES and allows_descriptors(images, weight, sizes)
+    return tile_of(arch, processors, sizes, n, tma, weight.dtype == torch.int8 and len(images) == 2)
+
+
+def _launch(images, scales, weight, padded, weight_scale, finishing, kept, sizes, tile, block, splits) -> None:
+    out, emb = finishing[-1], finishing[1]
+    n, taps = out.shape[3], sizes.kernel**2
+    flat = tile.tma and sizes.kernel == 1 and sizes.left == sizes.top == 0 and out.shape[1:3] == images[0].shape[1:3]
+    seen = images
+    if flat:  # one row of pixels: tiles are full whatever the image's size
+        pixels = out[..., 0].numel()
+        seen = [x.view(1, 1, pixels, x.shape[3]) for x in images]
+        sizes = sizes._replace(batch=1, height=1, width=pixels, out_height=1, out_width=pixels)
+    box = (1, 1, tile.pixels)
+    if tile.tma:
+        box = box_of(tile.pixels, sizes.batch, sizes.out_height, sizes.out_width)
+    tiles = _tiles(box, sizes, tile.tma)
+    columns = triton.cdiv(n, tile.columns)
+    weights = [weight, weight[:, taps * padded[0] :]][: len(images)]
+    operands = [v for x, w in zip(seen, weights, strict=True) for v in (x, w)]
+    if tile.tma:
+        operands = [
+            v
+            for x, w, p in zip(seen, weights, padded, strict=True)
+            for v in _descriptors(x, w, taps, p, box, tile.columns, block)
+        ]
+    operands += [None] * (4 - len(operands))
+    channels = [x.shape[3] for x in images] + [0] * (2 - len(images))
+    conv2d_kernel[(tiles * columns, splits)](
+        *(*operands, *scales, weight_scale, *finishing, kept),
+        *(sizes.batch, sizes.height, sizes.width, sizes.out_height, sizes.out_width, out.shape[1] * out.shape[2]),
+        *(*channels, *padded, *[0] * (2 - len(padded)), weight.stride(0), n, sizes.left, sizes.top, columns, splits),
+        *(0 if emb is None else emb.stride(0), *(_stride(scale) for scale in scales)),
+        KERNEL=sizes.kernel,
+        STRIDE=sizes.stride,
+        UPSAMPLE=sizes.upsample,
+        IMAGES=box[0],
+        ROWS=box[1],
+        COLUMNS=box[2],
+        BLOCK_N=tile.columns,
+        BLOCK_K=block,
+        DTYPE=_TYPES[weight.dtype],
+        PARTS=tile.parts,
+        PRECISION="tf32x3" if weight.dtype == torch.float32 else "ieee",
+        TMA=tile.tma,
+        **tile.options,
+    )
+
+
+def _tiles(box: tuple[int, int, int], sizes: Sizes, tma: bool) -> int:
+    if not tma:
+        return triton.cdiv(sizes.batch * sizes.out_height * sizes.out_width, box[2])
+    extents = zip((sizes.batch, sizes.out_height, sizes.out_width), box, strict=True)
+    images, rows, columns = (triton.cdiv(extent, side) for extent, side in extents)
+    return images * rows * columns
+
+
+def _stride(scale: torch.Tensor | None) -> int:
+    """From one sample's scale to the next one's."""
+    return 0 if scale is None or scale.shape[0] == 1 else 1
+
+
+def _descriptors(x, weight, taps: int, padded: int, box: tuple[int, int, int], columns: int, block: int) -> list:
+    """Of the image, and of one segment's weights as [N, taps, channels]: a step that ends beyond the channels reads zeros."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    rows = TensorDescriptor(
+        weight, [weight.shape[0], taps, padded], [weight.stride(0), padded, 1], [columns, 1, block]
+    )
+    return [TensorDescriptor.from_tensor(x, [*box, block]), rows]
+
+
+def finish_triton(
+    kept: torch.Tensor,
+    splits: int,
+    scales: list[torch.Tensor | None],
+    weight_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    emb: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """Fills contiguous out [B, Ho, Wo, N] from `splits` sums (of each segment that has a scale), [..., N] each."""
+    n = out.shape[3]
+    pixels, share = out.numel() // n, out.shape[1] * out.shape[2]
+    ROWS, COLUMNS = finish_tile(n)
+    columns = triton.cdiv(n, COLUMNS)
+    conv2d_finish_kernel[(triton.cdiv(pixels, ROWS) * columns,)](
+        *(kept, *scales, weight_scale, bias, emb, residual, out_scale, out, pixels, share, n, columns, splits),
+        *(0 if emb is None else emb.stride(0), *(_stride(scale) for scale in scales)),
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        **FINISH_OPTIONS,
+    )
