@@ -1,4 +1,7 @@
-"""Linear layers of DiT-XL and SD1.5, against torch and against oneDNN with weights that it packed beforehand."""
+"""Linear layers of DiT-XL and SD1.5, against torch and against oneDNN with weights that it packed beforehand.
+
+On a GPU also with all that can follow a product, against the same in torch.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -22,6 +25,19 @@ SHAPES = (
     (1024, 640, 5120),
     (1024, 2560, 640),
 )
+# DiT-XL/2 with its modulation, Stable Diffusion XL with its text, FLUX, Wan 1.3B
+GPU_SHAPES = (
+    (2, 1152, 6912),
+    (512, 1152, 1152),
+    (512, 1152, 4608),
+    (2048, 1280, 10240),
+    (2048, 5120, 1280),
+    (154, 2048, 1280),
+    (4608, 3072, 12288),
+    (4608, 15360, 3072),
+    (32760, 1536, 8960),
+)
+CODED_SHAPES = ((2, 1152, 6912), (64, 3072, 3072), (2048, 1280, 10240), (4608, 3072, 12288))
 
 
 def cases(device: str, shapes: tuple = (), dtype: torch.dtype = torch.float32) -> Iterator[Case]:
@@ -36,7 +52,22 @@ def cases(device: str, shapes: tuple = (), dtype: torch.dtype = torch.float32) -
         contenders = {"fastdiff": ours, "torch": plain}
         if device == "cpu" and dtype != torch.float16:  # which oneDNN multiplies on few CPUs
             contenders["onednn"] = onednn(x, weight.to(dtype), bias.to(dtype))
-        yield Case(label(M, K, N, dtype), contenders, traffic(x, packed, N))
+        if device == "cuda":
+            contenders |= surrounded(x, packed, weight.to(dtype), bias)
+        yield Case(label(M, K, N, dtype), contenders, traffic(x, packed, N), 2 * M * K * N)
+
+
+def surrounded(x: torch.Tensor, packed: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> dict[str, Callable]:
+    """A product, GELU, a gate and a residual: ours, torch's one after another, and torch.compile's."""
+    N, dtype = len(bias), x.dtype
+    gate, residual = torch.randn(1, N, device=x.device), torch.randn(x.shape[0], N, device=x.device, dtype=dtype)
+    plain = lambda x, w, b, g, r: r + g * F.gelu(F.linear(x, w, b), approximate="tanh")
+    peers = (x, weight, bias.to(dtype), gate.to(dtype), residual)
+    return {
+        "fastdiff gelu, gate, residual": lambda: linear(x, packed, N, bias, "gelu_tanh", gate, residual, dtype),
+        "torch gelu, gate, residual": lambda: plain(*peers),
+        "torch.compile gelu, gate, residual": lambda f=torch.compile(plain): f(*peers),
+    }
 
 
 def label(M: int, K: int, N: int, dtype: torch.dtype) -> str:

@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from bench.cases import Case
-from bench.cases.linear import SHAPES, label, traffic
+from bench.cases.linear import CODED_SHAPES, SHAPES, label, traffic
 from fastdiff.ops import linear_w4a8
 from fastdiff.ops.linear_int4 import quantized_int4
 
 GROUP = 64
+GPU_SHAPES = CODED_SHAPES
 
 
 def cases(device: str, shapes: tuple = (), dtype: torch.dtype = torch.float32) -> Iterator[Case]:
@@ -21,4 +22,4 @@ def cases(device: str, shapes: tuple = (), dtype: torch.dtype = torch.float32) -
         packed = quantized_int4(weight, GROUP)
         ours = lambda a=(x, *packed, N, GROUP, bias, "none", None, None, dtype): linear_w4a8(*a)
         plain = lambda x=x, w=weight.to(dtype), b=bias.to(dtype): F.linear(x, w, b)
-        yield Case(label(M, K, N, dtype), {"fastdiff": ours, "torch": plain}, traffic(x, packed[0], N))
+        yield Case(label(M, K, N, dtype), {"fastdiff": ours, "torch": plain}, traffic(x, packed[0], N), 2 * M * K * N)

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from bench.cases import Case
-from bench.cases.linear import SHAPES, label, traffic
+from bench.cases.linear import CODED_SHAPES, SHAPES, label, traffic
 from fastdiff.ops import linear_w8a16
 from fastdiff.ops.linear_w8a8 import quantized
+
+GPU_SHAPES = CODED_SHAPES
 
 
 def cases(device: str, shapes: tuple = (), dtype: torch.dtype = torch.float32) -> Iterator[Case]:
@@ -19,4 +21,4 @@ def cases(device: str, shapes: tuple = (), dtype: torch.dtype = torch.float32) -
         packed = quantized(weight)[:2]
         ours = lambda a=(x, *packed, N, bias, "none", None, None, dtype): linear_w8a16(*a)
         plain = lambda x=x, w=weight.to(dtype), b=bias.to(dtype): F.linear(x, w, b)
-        yield Case(label(M, K, N, dtype), {"fastdiff": ours, "torch": plain}, traffic(x, packed[0], N))
+        yield Case(label(M, K, N, dtype), {"fastdiff": ours, "torch": plain}, traffic(x, packed[0], N), 2 * M * K * N)

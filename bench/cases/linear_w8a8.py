@@ -3,12 +3,16 @@
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 
 from bench.cases import Case
+from bench.cases import linear as floats
 from bench.cases.linear import SHAPES, label, traffic
 from fastdiff.ops import linear_w8a8
 from fastdiff.ops.linear_w8a8 import quantized
 from fastdiff.ops.packing import unpack
+
+GPU_SHAPES = floats.GPU_SHAPES
 
 
 def cases(device: str, shapes: tuple = (), dtype: torch.dtype = torch.float32) -> Iterator[Case]:
@@ -27,13 +31,16 @@ def cases(device: str, shapes: tuple = (), dtype: torch.dtype = torch.float32) -
         contenders = {
             "fastdiff": lambda a=(x, None, *rest, None, dtype): linear_w8a8(*a),
             "codes": lambda a=(codes, one, *rest, out, torch.int8): linear_w8a8(*a),
-            "torch": lambda x=codes, w=weight.T.contiguous(): torch._int_mm(x, w),
+            "torch": lambda x=codes, w=weight.T if device == "cuda" else weight.T.contiguous(): torch._int_mm(x, w),
         }
         if M <= 16 and device == "cuda":
             del contenders["torch"]  # its kernel wants more than 16 rows
+        if device == "cuda":
+            wide = (weight.float() * scale[:, None]).to(dtype)
+            contenders["torch in the data's type"] = lambda x=x, w=wide, b=bias.to(dtype): F.linear(x, w, b)
         if device == "cpu":
             contenders["onednn"] = onednn(codes, weight, scale, bias)
-        yield Case(label(M, K, N, dtype), contenders, traffic(x, packed, N))
+        yield Case(label(M, K, N, dtype), contenders, traffic(x, packed, N), 2 * M * K * N)
 
 
 def onednn(codes: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> Callable[[], object]:
