@@ -17,7 +17,6 @@ _TYPES = {
 }  # fmt: skip
 FINISH_OPTIONS = {"num_warps": 4}
 MAX_SPLITS, MIN_STEPS = 8, 8  # parts of a sum; steps of each at least
-MOST_PIXELS = 2**31 - 1
 
 
 class Tile(NamedTuple):
@@ -108,11 +107,17 @@ def splits_of(processors: int, sizes: Sizes, n: int, steps: int) -> int:
 
 @functools.lru_cache(1024)
 def box_of(pixels: int, batch: int, height: int, width: int) -> tuple[int, int, int]:
-    """Images, rows and columns of a tile, powers of two with so many pixels: as few tiles as can be, near to squares."""
+    """Images, rows and columns of a tile, powers of two with so many pixels.
+
+    16 columns of one image, so that few kernels serve all sizes, unless others make a tenth fewer tiles: then of those that
+    make the fewest the most square one of the fewest images.
+    """
     powers = [1 << i for i in range(pixels.bit_length())]
     boxes = [(pixels // (r * c), r, c) for r in powers for c in powers if r * c <= pixels]
     tiles = lambda box: triton.cdiv(batch, box[0]) * triton.cdiv(height, box[1]) * triton.cdiv(width, box[2])
-    return min(boxes, key=lambda box: (tiles(box), box[0], abs(box[2] - 2 * box[1])))
+    usual = (1, pixels // 16, 16)
+    best = min(boxes, key=lambda box: (tiles(box), box[0], abs(box[2] - 2 * box[1])))
+    return best if tiles(best) < 0.9 * tiles(usual) else usual
 
 
 def allows_descriptors(images: list[torch.Tensor], weight: torch.Tensor, sizes: Sizes) -> bool:
