@@ -28,6 +28,7 @@ from fastdiff.quant.kernels import conv_kernel, linear_kernel
 from fastdiff.quant.layer import qlayers
 from fastdiff.quant.measures import sqnr_db
 from fastdiff.quant.observers import ChannelObserver, RangeObserver
+from fastdiff.quant.plan import adapt
 from fastdiff.quant.qtensor import quantize as quantize_weight
 from fastdiff.quant.steps import StepContext
 
@@ -329,6 +330,8 @@ def test_data_are_asked_for_and_odd_sizes_are_adapted():
     assert "grouped" in notes["1"] and "groups of 16" in notes["2"] and notes["3"] == ""
     assert isinstance(net[3], QLinear) and net[3].rotation == 256 and isinstance(net[1], nn.Conv2d)
     assert not isinstance(net[1], QConv2d)
+    plan = adapt("conv", nn.Conv2d(32, 8, 3), SCHEMES["w4a4"])
+    assert plan.scheme.input == TOKEN and "int8 activations" in plan.note and plan.scheme.weight.bits == 4
 
 
 def test_storage_is_counted_with_its_scales():

@@ -9,7 +9,7 @@ from torch import nn
 from fastdiff.quant.config import QuantConfig
 from fastdiff.quant.hadamard import block_of
 from fastdiff.quant.layer import QLayer
-from fastdiff.quant.schemes import LowRank, Rotate, Scheme
+from fastdiff.quant.schemes import LowRank, Rotate, Scheme, TensorSpec
 
 # a unit of reconstruction and of streaming: the outermost of these lists' items that holds a layer
 _BLOCK = re.compile(
@@ -70,7 +70,8 @@ def adapt(name: str, layer: nn.Module, scheme: Scheme) -> LayerPlan:
         if why:
             return LayerPlan(name, None, why)
         k = layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
-        scheme = dataclasses.replace(scheme, transforms=(), input=_conv_input(scheme), weight=_conv_weight(scheme))
+        kept = {"input": _conv_input(scheme, notes), "weight": _conv_weight(scheme)}
+        scheme = dataclasses.replace(scheme, transforms=(), **kept)
     else:
         k = layer.in_features
     scheme = _fit_group(scheme, k, notes)
@@ -106,14 +107,19 @@ def _conv_refusal(layer: nn.Conv2d) -> str:
     return ""
 
 
-def _conv_input(scheme: Scheme):
-    """Dynamic ranges of a convolution are per sample."""
-    if scheme.input is None or scheme.input.granularity != "group":
-        return scheme.input
-    return dataclasses.replace(scheme.input, granularity="token", group_size=None)
+def _conv_input(scheme: Scheme, notes: list[str]) -> TensorSpec | None:
+    """Dynamic ranges of a convolution are per sample, for which 4 bits are too few."""
+    spec = scheme.input
+    if spec is None or spec.granularity != "group":
+        return spec
+    spec = dataclasses.replace(spec, granularity="token", group_size=None)
+    if spec.dtype not in ("int4", "uint4"):
+        return spec
+    notes.append("int8 activations: a convolution has one range per sample")
+    return dataclasses.replace(spec, dtype="int8", symmetric=True)
 
 
-def _conv_weight(scheme: Scheme):
+def _conv_weight(scheme: Scheme) -> TensorSpec:
     """Integer kernels of convolutions want scales of groups that are nested."""
     plain = scheme.weight.dtype == "int4" and scheme.weight.granularity == "group" and scheme.weight.range == "absmax"
     if not plain or scheme.rounding.kind == "gptq" or scheme.input is None or scheme.input.bits != 8:

@@ -88,7 +88,7 @@ _GENERAL = (
         "w4a8-svd",
         _spared(Scheme(_group("int4", 64), TOKEN, (Smooth(None), LowRank(32))), _W8A8),
         Calibration(samples=16, options=(("every", 4),)),
-        "int4 weights, smoothed, with a low-rank branch of rank 32",
+        "int4 weights; linear layers, but no convolutions, are smoothed and have a low-rank branch of rank 32",
     ),
     Recipe(
         "w4a4-svd",
@@ -102,7 +102,7 @@ _GENERAL = (
             _W8A8,
         ),
         Calibration(samples=16, options=(("every", 4),)),
-        "int4 weights and activations with a low-rank branch and GPTQ (SVDQuant)",
+        "int4 weights and activations with a low-rank branch and GPTQ (SVDQuant); convolutions as in w4a8-svd",
     ),
     Recipe(
         "fp8",
