@@ -9,6 +9,7 @@ from fastdiff.loop import NonFiniteError
 from fastdiff.ops import backend
 from fastdiff.pipeline import PipelineReport, as_fast
 from fastdiff.pipeline.quantizer import FastdiffConfig
+from fastdiff.pipeline.serving import PipelineEngine
 from fastdiff.plan import Plan, RowSettings
 from fastdiff.process import (
     VE,
@@ -52,6 +53,7 @@ __all__ = [
     "Level",
     "MeanReverting",
     "NonFiniteError",
+    "PipelineEngine",
     "PipelineReport",
     "Plan",
     "Process",

@@ -21,7 +21,7 @@ from fastdiff.steering import AdaptiveGuidance
 Quant = str | Recipe | QuantConfig | None
 
 _STATE = "_fastdiff"
-_DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder", "controlnet")
+DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder", "controlnet")
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder", "text_encoder_4")
 # int8 in text encoders and VAEs costs quality that the denoiser does not give back, and they run once per picture
 _ONCE = {"w8a8": "bf16"}
@@ -65,9 +65,9 @@ def install(
 ) -> None:
     """Accelerates a pipeline in place; where anything raises, it is as it was before it was ever accelerated."""
     parts = list(_parts(pipe))
-    if not any(name in _DENOISERS for name, _ in parts):
+    if not any(name in DENOISERS for name, _ in parts):
         raise ValueError(
-            f"accelerate: {type(pipe).__name__} has none of {', '.join(_DENOISERS)}; pass its modules one by one"
+            f"accelerate: {type(pipe).__name__} has none of {', '.join(DENOISERS)}; pass its modules one by one"
         )
     for _, module in parts:
         accelerated.check(module)
@@ -78,21 +78,21 @@ def install(
         if solver:
             _install_scheduler(pipe, done)
         for name, module in parts:
-            if name in _DENOISERS and quant is not None:
+            if name in DENOISERS and quant is not None:
                 done.quantized[name] = _quantize(module, quant)
                 fused_adapters.keep_codes(module)
             paired = None
-            if name in _DENOISERS and guidance is not None:
+            if name in DENOISERS and guidance is not None:
                 paired = done.paired[name] = PairedCalls(module, guidance)
             try:
                 accelerated.install(module, _settings_of(name, module, settings), guard, paired and paired.around)
             except accelerated.NotServedError as error:
-                if settings.strict and name in _DENOISERS:
+                if settings.strict and name in DENOISERS:
                     raise
                 done.left[name] = str(error)
                 done.paired.pop(name, None)
                 continue
-            if name in _DENOISERS:
+            if name in DENOISERS:
                 accelerated.follow(module, lambda: getattr(pipe.scheduler, "timesteps", None))
                 # the attention of walked ones is served, and told about, call by call
                 if accelerated.is_lowered(module):
@@ -142,7 +142,7 @@ def _parts(pipe: object) -> Iterator[tuple[str, nn.Module]]:
     decoder = getattr(components.get("vae"), "decoder", None)
     if isinstance(decoder, nn.Module):
         yield "vae.decoder", decoder
-    for name in _DENOISERS:
+    for name in DENOISERS:
         if isinstance(components.get(name), nn.Module):
             yield name, components[name]
 
@@ -151,7 +151,7 @@ def _settings_of(name: str, module: nn.Module, settings: Settings) -> Settings:
     """A model loaded in bfloat16 computes in bfloat16, as it would without us."""
     if settings.mode == "exact" and {p.dtype for p in module.parameters()} == {torch.bfloat16}:
         settings = replace(settings, mode="bf16")
-    if name in _DENOISERS:
+    if name in DENOISERS:
         return settings
     return replace(
         settings, mode=_ONCE.get(settings.mode, settings.mode), keep_original=True, strict=False, spare=(), cache=None

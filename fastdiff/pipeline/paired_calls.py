@@ -11,8 +11,8 @@ from torch import nn
 from fastdiff.steering.adaptive_guidance import AdaptiveGuidance, compared
 
 Tensor = torch.Tensor
-_STATES, _CONDITIONS = ("sample", "hidden_states"), ("encoder_hidden_states", "class_labels")
-_SHARED = ("img_ids", "txt_ids", "image_rotary_emb")  # tensors without samples
+STATES, _CONDITIONS = ("sample", "hidden_states"), ("encoder_hidden_states", "class_labels")
+SHARED = ("img_ids", "txt_ids", "image_rotary_emb")  # tensors without samples
 _CONDITIONAL_FIRST = ("DiTTransformer2DModel",)
 
 
@@ -48,7 +48,7 @@ class PairedCalls:
         if torch.compiler.is_compiling():
             return self.run(*args, **kwargs)
         call = dict(zip(self._names, args, strict=False)) | kwargs
-        state = next((call[name] for name in _STATES if name in call), None)
+        state = next((call[name] for name in STATES if name in call), None)
         if not _is_paired(state):
             return self.run(*args, **kwargs)
         with self._lock:
@@ -126,7 +126,7 @@ def _is_paired(state: object) -> bool:
 def _cut(value: object, rows: Tensor, size: int) -> object:
     """The arguments of a call for some rows of its batch."""
     if isinstance(value, dict):
-        return {key: inner if key in _SHARED else _cut(inner, rows, size) for key, inner in value.items()}
+        return {key: inner if key in SHARED else _cut(inner, rows, size) for key, inner in value.items()}
     if isinstance(value, Tensor) and value.dim() and len(value) == size:
         return value.index_select(0, rows.to(value.device))
     return value
