@@ -142,16 +142,18 @@ def test_codes_are_those_of_the_reference(dtype, monkeypatch):
 
 def test_every_call_has_a_tile():
     one = Sizes(1, 64, 64, 64, 64, 3, 1, 1, 1, 1)
+    choose = lambda arch, n, tma, two, batch=1, splits=1: conv2d_launch.tile_of(
+        arch, 132, one._replace(batch=batch), n, splits, tma, two
+    )
     for arch in conv2d_launch.TILES:
         for n in (1, 4, 16, 17, 64, 100, 320, 1280):
-            for batch in (1, 16):
-                for tma in (False, True):
-                    for two in (False, True):
-                        sizes = one._replace(batch=batch)
-                        tile = conv2d_launch.tile_of(arch, 132, sizes, n, tma, two)
-                        assert (tma or not tile.tma) and tile.columns < max(2 * n, 17) and tile.pixels in (128, 256)
-    assert conv2d_launch.tile_of(90, 132, one._replace(batch=16), 320, True, False).pixels == 256
-    assert conv2d_launch.tile_of(90, 132, one, 4, True, False).columns == 16
+            for tma in (False, True) if arch in conv2d_launch.TMA_TILES else (False,):
+                for two in (False, True):
+                    tile = choose(arch, n, tma, two)
+                    assert (tma or not tile.tma) and tile.pixels in (128, 256) and not (two and tile.pixels > 128)
+    assert choose(90, 320, True, False, 8)[:2] == (256, 128) and choose(90, 320, True, True, 8)[:2] == (128, 128)
+    assert choose(90, 4, True, False).columns == choose(80, 4, False, False, 8).columns == 16
+    assert choose(90, 64, True, False, 8)[:2] == (128, 64) and choose(80, 1280, False, True, 8)[1:4:2] == (64, 8)
 
 
 def test_steps_waste_few_channels():
@@ -170,11 +172,12 @@ def test_boxes_leave_few_pixels_empty():
 
 
 def test_sums_are_split_by_the_size_of_one_sample():
-    of = lambda batch, size, steps: conv2d_launch.splits_of(
-        132, Sizes(batch, size, size, size, size, 3, 1, 1, 1, 1), 1280, steps
-    )
-    assert of(1, 64, 180) == of(1, 32, 180) == 1 and of(1, 16, 180) == of(9, 16, 180) == 6
-    assert of(1, 8, 180) == conv2d_launch.MAX_SPLITS and of(1, 8, 20) == 2 and of(1, 8, 3) == 1
+    def of(batch, size, channels):
+        sizes = Sizes(batch, size, size, size, size, 3, 1, 1, 1, 1)
+        return conv2d_launch.splits_of(132, sizes, 1280, channels)
+
+    assert of(1, 64, 2560) == of(1, 32, 2560) == 1 and of(1, 16, 2560) == of(9, 16, 2560) == 6
+    assert of(1, 8, 2560) == conv2d_launch.MAX_SPLITS and of(1, 8, 256) == 2 and of(1, 8, 8) == 1
 
 
 def test_cudnn_reads_weights_where_they_lie():

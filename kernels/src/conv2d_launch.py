@@ -20,7 +20,10 @@ MAX_SPLITS, MIN_STEPS = 8, 8  # parts of a sum; steps of each at least
 
 
 class Tile(NamedTuple):
-    """pixels and columns (outputs) at once, bytes of a step along the channels, warps, stages; tma: by descriptors."""
+    """pixels and columns (outputs) at once, bytes of a step along the channels, warps, stages; tma: by descriptors.
+
+    rate  relative speed of a multiprocessor that is full of such tiles: what products of this size reach elsewhere
+    """
 
     pixels: int
     columns: int
@@ -28,6 +31,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     tma: bool = False
+    rate: float = 1.0
 
     @property
     def parts(self) -> int:
@@ -54,37 +58,45 @@ class Sizes(NamedTuple):
     upsample: int
 
 
-# per architecture, largest first: narrow images and results take the later ones. Chosen by registers, spills and shared
-# memory of what tests/aot_conv2d.py compiles; two blocks of 128 x 128 share a multiprocessor of sm_90
+# per architecture. Chosen by registers, spills and shared memory of what tests/aot_conv2d.py compiles, not yet by time;
+# two blocks of 128 x 128 share a multiprocessor of sm_90
 TILES: dict[int, tuple[Tile, ...]] = {
-    80: (Tile(128, 128, 128, 8, 4), Tile(128, 64, 128, 4, 4), Tile(128, 16, 128, 4, 4)),
-    90: (Tile(128, 128, 128, 8, 3), Tile(128, 64, 128, 4, 3), Tile(128, 16, 128, 4, 3)),
-    100: (Tile(128, 128, 128, 8, 3), Tile(128, 64, 128, 4, 3), Tile(128, 16, 128, 4, 3)),
-    120: (Tile(128, 128, 128, 8, 3), Tile(128, 64, 128, 4, 3), Tile(128, 16, 128, 4, 3)),
+    arch: (
+        Tile(128, 128, 128, 8, stages),
+        Tile(128, 64, 128, 4, narrow, rate=0.7),
+        Tile(128, 16, 128, 4, narrow, rate=0.2),
+    )
+    for arch, stages, narrow in ((80, 4, 4), (90, 3, 3), (100, 3, 3), (120, 3, 3))
 }
 # stride 1 without upsampling, where channels allow descriptors
 TMA_TILES: dict[int, tuple[Tile, ...]] = {
-    90: (Tile(256, 128, 128, 8, 4, True), Tile(128, 128, 128, 8, 3, True), Tile(128, 64, 128, 4, 3, True)),
-    100: (Tile(128, 128, 128, 8, 3, True), Tile(128, 64, 128, 4, 3, True)),
+    90: (
+        Tile(256, 128, 128, 8, 4, True, 1.1),
+        Tile(128, 128, 128, 8, 3, True),
+        Tile(128, 64, 128, 4, 3, True, 0.7),
+    ),
+    100: (Tile(128, 128, 128, 8, 3, True), Tile(128, 64, 128, 4, 3, True, 0.7)),
 }
 EXACT_TILE = Tile(64, 64, 64, 4, 2)  # float32: three TF32 products in one's place
 INTERPRETED_TILE = Tile(256, 128, 64, 4, 1)
 
 
-def tile_of(arch: int, processors: int, sizes: Sizes, n: int, tma: bool, two_sums: bool) -> Tile:
-    """The tile of a call with n outputs, in 16 or 8 bits, on a GPU with so many multiprocessors.
+@functools.lru_cache(4096)
+def tile_of(arch: int, processors: int, sizes: Sizes, n: int, splits: int, tma: bool, two_sums: bool) -> Tile:
+    """The tile that needs the least time for n outputs in 16 or 8 bits, by what the busiest multiprocessor has to do.
 
-    tma: the tensors allow descriptors. two_sums: those of two int8 segments are kept apart. The largest tile whose columns
-    are not mostly empty and which keeps every multiprocessor busy; where none does, the largest of 128 pixels.
+    tma: the tensors allow descriptors. two_sums: those of two int8 segments are kept apart.
     """
     pixels = sizes.batch * sizes.out_height * sizes.out_width
-    tables = (TMA_TILES.get(arch, ()) if tma and n > 16 else (), TILES[arch])
-    for tile in (tile for table in tables for tile in table):
-        tiles = triton.cdiv(pixels, tile.pixels) * triton.cdiv(n, tile.columns)
-        busy = tile.pixels <= 128 or tiles >= processors and not two_sums
-        if busy and (tile.columns < 2 * n or tile.columns <= 16):
-            return _with_two_sums(arch, tile) if two_sums else tile
-    raise AssertionError("every table ends with 128 pixels and 16 outputs")
+
+    def time(tile: Tile) -> float:
+        blocks = splits * triton.cdiv(pixels, tile.pixels) * triton.cdiv(n, tile.columns)
+        return triton.cdiv(blocks, processors) * tile.pixels * tile.columns / tile.rate
+
+    tables = (TMA_TILES[arch] if tma else (), TILES[arch])
+    fits = lambda tile: (tile.columns > 16 or n <= 32) and (tile.pixels <= 128 or not two_sums)
+    tile = min((tile for table in tables for tile in table if fits(tile)), key=time)
+    return _with_two_sums(arch, tile) if two_sums else tile
 
 
 def _with_two_sums(arch: int, tile: Tile) -> Tile:
@@ -99,9 +111,13 @@ def step_of(tile: Tile, channels: list[int], size: int) -> int:
     return wide // 2 if tile.step > 64 and waste(wide // 2) < waste(wide) else wide
 
 
-def splits_of(processors: int, sizes: Sizes, n: int, steps: int) -> int:
-    """Parts of the sum that are made side by side. A function of one sample's size: its bits do not depend on the batch."""
+def splits_of(processors: int, sizes: Sizes, n: int, channels: int) -> int:
+    """Parts of the sum that are made side by side; channels: bytes of the segment with the fewest.
+
+    A function of one sample's size: its bits do not depend on the batch.
+    """
     tiles = triton.cdiv(sizes.out_height * sizes.out_width, 128) * triton.cdiv(n, 128)
+    steps = sizes.kernel**2 * triton.cdiv(channels, 128)
     return max(min(processors // tiles, steps // MIN_STEPS, MAX_SPLITS), 1)
 
 
@@ -160,12 +176,10 @@ def conv2d_triton(
         return
     images, size, n = [x for x, _ in segments], weight.element_size(), out.shape[3]
     arch, processors = (0, 1) if INTERPRETED.value else _gpu(out.device.index)
-    if tile is None:
-        tile = _tile(arch, processors, images, weight, sizes, n)
     channels = [x.shape[3] for x in images]
+    splits = splits or splits_of(processors, sizes, n, min(channels) * size)
+    tile = tile or _tile(arch, processors, images, weight, sizes, n, splits)
     block = step_of(tile, channels, size)
-    steps = sizes.kernel**2 * min(triton.cdiv(c, block) for c in channels)
-    splits = splits or splits_of(processors, sizes, n, steps)
     finishing = (bias, emb, residual, out_scale, out)
     scales = [scale for _, scale in segments] + [None] * (2 - len(segments))
     kept = None
@@ -178,13 +192,13 @@ def conv2d_triton(
         finish_triton(kept, splits, scales, weight_scale, *finishing)
 
 
-def _tile(arch: int, processors: int, images: list[torch.Tensor], weight: torch.Tensor, sizes: Sizes, n: int) -> Tile:
+def _tile(arch: int, processors: int, images, weight: torch.Tensor, sizes: Sizes, n: int, splits: int) -> Tile:
     if INTERPRETED.value:
         return INTERPRETED_TILE
     if weight.dtype == torch.float32:
         return EXACT_TILE
     tma = arch in TMA_TILES and allows_descriptors(images, weight, sizes)
-    return tile_of(arch, processors, sizes, n, tma, weight.dtype == torch.int8 and len(images) == 2)
+    return tile_of(arch, processors, sizes, n, splits, tma, weight.dtype == torch.int8 and len(images) == 2)
 
 
 def _launch(images, scales, weight, padded, weight_scale, finishing, kept, sizes, tile, block, splits) -> None:
