@@ -186,3 +186,28 @@ def test_static_codes_of_nan_are_the_least():
         codes, scale = (t.to(DEVICE) for t in quantize_rows(x[:, :3], None))
         spoilt = linear_w8a8(torch.cat([codes, codes[:, :1]], 1).char(), scale * torch.nan, *args, one, torch.int8)
     assert spoilt.tolist() == [[-127] * 4]
+
+
+@pytest.mark.slow
+def test_tiles_can_be_timed(monkeypatch):
+    """The host side of the tool that tables are made with; what it times here is the interpreter."""
+    from bench import gpu_linear_tiles as tool
+    from bench.timing import Timing
+
+    def timed(ready, seconds):
+        return {tile: run() and Timing(len(ready) - k, 0, 0, 1) for k, (tile, run) in enumerate(ready.items())}
+
+    monkeypatch.setattr(tool, "FLIGHT", 1.0)
+    monkeypatch.setattr(tool, "interleave", timed)
+    monkeypatch.setitem(TILES, 90, (Tile(32, 64, 32, 4, 2, 2),))
+    seen = list(tool.records(((66, 32, 64),), 90, 132, DEVICE, 0.01, lambda run, device: run))
+    assert len(seen) == 2 * len(tool.candidates(90, 70)) == 8
+    assert [record["us"] for record in seen] == [0.5, 1.0, 1.5, 2.0] * 2 and seen[3]["chosen"] and seen[7]["chosen"]
+    assert "(chosen)" in "".join(tool.line(record) for record in seen)
+    refused = {
+        "shape": (1, 2, 3),
+        "type": torch.int8,
+        "tile": Tile(16, 64, 128, 4, 3),
+        "skipped": "out of shared memory",
+    }
+    assert "skipped: out of shared memory" in tool.line(refused)

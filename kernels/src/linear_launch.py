@@ -44,7 +44,7 @@ def linear_triton(
     if out.numel() == 0:
         return
     N, rows, K = out.shape[-1], out.numel() // out.shape[-1], x.shape[-1]
-    arch, processors = (0, 1) if INTERPRETED.value else _machine(x.device)
+    arch, processors = (0, 1) if INTERPRETED.value else machine(x.device)
     few = rows <= FEW_ROWS
     grouped = weight.dtype == torch.uint8
     if weight.dtype != dtype and dtype != torch.float32 and not few:
@@ -114,7 +114,7 @@ def _block(tile: Tile, dtype: torch.dtype, group: int) -> int:
 
 
 @functools.cache
-def _machine(device: torch.device) -> tuple[int, int]:
+def machine(device: torch.device) -> tuple[int, int]:
     """The architecture whose tables serve a GPU, and how many multiprocessors it has."""
     properties = torch.cuda.get_device_properties(device)
     return family((properties.major, properties.minor)), properties.multi_processor_count
