@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdiff.ops import OPS, backend, linear, linear_w8a8, native, packing
+from fastdiff.ops import OPS, backend, linear, linear_w8a8, memory, native, packing
 from fastdiff.ops.linear_call import quantize_rows
 from fastdiff.ops.linear_w8a8 import quantized
 from fastdiff.program import Program
@@ -61,12 +61,12 @@ def test_nothing_is_touched_past_a_buffer(isa):
     assert set(counts) == set(NAMES) and min(counts.values()) >= 28
 
 
-def _layer(name: str, x: torch.Tensor, weight: torch.Tensor, activation: str = "none") -> torch.Tensor:
+def _layer(name: str, x: torch.Tensor, weight: torch.Tensor, activation: str = "none", residual=None) -> torch.Tensor:
     """A layer with bias on rows of float x; weight [N, K], K a multiple of 32."""
     from fastdiff.ops.linear_int4 import quantized_int4
 
     N, bias = weight.shape[0], weight[:, 0].float().contiguous()
-    rest = (bias, activation, None, None)
+    rest = (bias, activation, None, residual)
     if name == "linear":
         return linear(x, packing.pack(weight.to(x.dtype)), N, *rest, x.dtype)
     if name in ("linear_w8a8", "linear_w8a16"):
@@ -85,6 +85,21 @@ def test_a_row_does_not_depend_on_its_batch(name, dtype):
     together = _layer(name, x, w, "gelu")
     for first, count in ((0, 1), (7, 2), (13, 3), (20, 14), (60, 29), (200, 63)):
         assert torch.equal(_layer(name, x[first : first + count], w, "gelu"), together[first : first + count])
+
+
+@pytest.mark.parametrize("rows, columns", ((263, 50), (24, 64), (1, 7)))
+@pytest.mark.parametrize("name", NAMES)
+def test_a_spent_residual_is_written_over_in_an_arena_only(name, rows, columns):
+    x, w, residual = torch.randn(rows, 160), torch.randn(columns, 160), torch.randn(rows, columns)
+    before, expected = residual.clone(), _layer(name, x, w, "gelu", residual)
+    with memory.use_arena(memory.Arena()):
+        place = memory.empty(residual.shape, torch.float32).copy_(residual)
+        with memory.spend(residual):
+            assert torch.equal(_layer(name, x, w, "gelu", residual), expected) and torch.equal(residual, before)
+        with memory.spend(place):
+            assert _layer(name, x, w, "gelu", place[:, :]) is not place  # another tensor than the one that was spent
+            assert _layer(name, x, w, "gelu", place) is place
+    assert torch.equal(place, expected)
 
 
 @pytest.mark.parametrize("threads", (1, 2))

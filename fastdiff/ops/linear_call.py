@@ -118,7 +118,7 @@ def run(kernel, x, x_scale, weight, weight_scale, weight_sum, group, out_feature
     """Calls one of the native linear layers."""
     shape, codes = x.shape, native.TYPE_CODES
     K, N = shape[-1], columns(out_features, activation)
-    out = memory.empty((*shape[:-1], N), out_dtype)
+    out = memory.empty_over(residual, (*shape[:-1], N), out_dtype)
     rows = shape[:-1].numel()
     at = lambda t: 0 if t is None else t.data_ptr()
     sums = weight.shape[0] * 16 if activation in PAIRS else out_features
