@@ -50,7 +50,8 @@ def linear_w4a16(
     out           [..., N] out_dtype (N / 2 for pairs)
 
     out_features, bias, activation, gate and residual as in `linear`. Products accumulate in float32, at
-    most 128 k before they are scaled; float16 is rounded to bfloat16 first.
+    most 128 k before they are scaled; float16 is rounded to bfloat16 first. On a GPU float16 stays what it is, and where
+    a 16-bit result has more than 64 rows, codes times their scales are rounded to 16 bits before they are multiplied.
     """
     y = group_sums(rounded(x), weight, weight_scale, group)
     return finish(y, columns(out_features, activation), bias, activation, gate, residual, None, out_dtype)

@@ -62,7 +62,7 @@ def linear_w8a16(
     out           [..., N] out_dtype (N / 2 for pairs)
 
     out_features, bias, activation, gate and residual as in `linear`. Products accumulate in float32; float16 is rounded to
-    bfloat16 first.
+    bfloat16 first, on a CPU.
     """
     wide = torch.promote_types(torch.float32, x.dtype)
     padded = padded_columns(weight)

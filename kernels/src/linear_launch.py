@@ -44,28 +44,24 @@ def linear_triton(
     if out.numel() == 0:
         return
     N, rows, K = out.shape[-1], out.numel() // out.shape[-1], x.shape[-1]
-    arch, processors = (0, 1) if INTERPRETED.value else machine(x.device)
-    few = rows <= FEW_ROWS
-    grouped = weight.dtype == torch.uint8
+    grouped, few = weight.dtype == torch.uint8, rows <= FEW_ROWS
     if weight.dtype != dtype and dtype != torch.float32 and not few:
         weight, scale, grouped = _expanded(weight, scale, group, dtype, out.dtype)
-    decoded = weight.dtype != dtype
-    padded = weight.shape[0]
-    wide = padded if activation in _KINDS else N
-    if tile is None:
-        same = x.dtype == weight.dtype
-        tma = same and allows_descriptor(x, x_stride) and allows_descriptor(weight, weight.shape[1])
-        tile = _tile(arch, processors, rows, padded, dtype, few or decoded, tma, same and not grouped)
+    turned, padded = few or weight.dtype != dtype, weight.shape[0]
+    tile = tile or _tile(x, x_stride, weight, rows, dtype, grouped, turned)
     block = _block(tile, dtype, group if grouped else 0)
-    source, target = x, weight
+    operands = (x, weight)
     if tile.tma:
-        source = _descriptor(x, (rows, K), x_stride, (tile.rows, block))
-        target = _descriptor(weight, weight.shape, weight.shape[1], (tile.columns, block))
+        operands = (
+            _descriptor(x, (rows, K), x_stride, (tile.rows, block)),
+            _descriptor(weight, weight.shape, weight.shape[1], (tile.columns, block)),
+        )
     grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(padded, tile.columns),)
+    wide = padded if activation in _KINDS else N
     step = 0 if x_scale is None or x_scale.numel() == 1 else 1
     gates = (1, 0) if gate is None else (rows // gate.shape[0], gate.stride(0))
     linear_kernel[grid](
-        *(source, target, x_scale, scale, bias, gate, residual, out_scale, out, rows, K, N, wide, padded, group),
+        *(*operands, x_scale, scale, bias, gate, residual, out_scale, out, rows, K, N, wide, padded, group),
         *(x_stride, weight.shape[1], step, *gates, residual_stride),
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
@@ -73,7 +69,7 @@ def linear_triton(
         PARTS=tile.parts,
         DTYPE=_TYPES[dtype],
         GROUPED=grouped,
-        TURNED=few or decoded,
+        TURNED=turned,
         EVEN=K % block == 0,
         TMA=tile.tma,
         KIND=_KINDS.get(activation, activation),
@@ -95,14 +91,18 @@ def _expanded(weight, scale, group, dtype, out_dtype):
     return expand(weight, scale, group, dtype), None, False
 
 
-def _tile(arch, processors, rows, columns, dtype, turned, tma, plain) -> Tile:
-    if arch == 0:
+def _tile(x, x_stride: int, weight, rows: int, dtype: torch.dtype, grouped: bool, turned: bool) -> Tile:
+    """The tables' tile for a product."""
+    if INTERPRETED.value:
         return linear_tiles.INTERPRETED
     if dtype == torch.float32:
         return linear_tiles.EXACT[rows > linear_tiles.EXACT[0].rows]
+    (arch, processors), columns = machine(x.device), weight.shape[0]
     if turned:
         return linear_tiles.few_tile(arch, rows, columns, processors)
-    return linear_tiles.many_tile(arch, rows, columns, processors, tma, plain)
+    same = x.dtype == weight.dtype
+    tma = same and allows_descriptor(x, x_stride) and allows_descriptor(weight, weight.shape[1])
+    return linear_tiles.many_tile(arch, rows, columns, processors, tma, same and not grouped)
 
 
 def _block(tile: Tile, dtype: torch.dtype, group: int) -> int:
