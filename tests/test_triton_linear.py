@@ -211,3 +211,20 @@ def test_tiles_can_be_timed(monkeypatch):
         "skipped": "out of shared memory",
     }
     assert "skipped: out of shared memory" in tool.line(refused)
+
+
+def _far_apart(rows: torch.Tensor) -> torch.Tensor:
+    """The same rows 2^30 elements apart, in memory of which only they are touched."""
+    far = torch.empty_strided(rows.shape, (2**30 + 16, 1), dtype=rows.dtype, device=rows.device)
+    return far.copy_(rows)
+
+
+def test_offsets_beyond_two_to_the_31():
+    x, w, residual = _codes(4, 48), _codes(32, 48), torch.randn(4, 32).half()
+    args = (packing.pack(w, "rows"), torch.ones(32), packing.weight_sums(w), 32, *NONE)
+    weights = [a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in args]
+    weights[-1] = _far_apart(residual.to(DEVICE))
+    with backend("triton"):
+        one = torch.ones(1, device=DEVICE)
+        got = linear_w8a8(_far_apart(x.to(DEVICE)), one, *weights, None, torch.float32)
+    assert torch.equal(got.cpu(), (x.long() @ w.long().T).float() + residual)

@@ -29,5 +29,7 @@ def run_linear(x, weight, out_features, bias, activation, gate, residual, out_dt
     K = x.shape[-1]
     rows = x.as_strided((x.numel() // K, K), (row_stride(x), 1))
     if bias is not None and bias.dtype != weight.dtype:
-        bias = prepacked(bias, (weight.dtype,), lambda: bias.to(weight.dtype))
+        make = lambda bias=bias: bias.to(weight.dtype)
+        # what a graph's capture makes has no values before the graph runs, so nothing else may use it
+        bias = make() if torch.cuda.is_current_stream_capturing() else prepacked(bias, (weight.dtype,), make)
     return F.linear(rows, weight[:out_features, :K], bias).view(*x.shape[:-1], out_features)
