@@ -31,5 +31,6 @@ def run_linear(x, weight, out_features, bias, activation, gate, residual, out_dt
     if bias is not None and bias.dtype != weight.dtype:
         make = lambda bias=bias: bias.to(weight.dtype)
         # what a graph's capture makes has no values before the graph runs, so nothing else may use it
-        bias = make() if torch.cuda.is_current_stream_capturing() else prepacked(bias, (weight.dtype,), make)
+        capturing = bias.is_cuda and torch.cuda.is_current_stream_capturing()
+        bias = make() if capturing else prepacked(bias, (weight.dtype,), make)
     return F.linear(rows, weight[:out_features, :K], bias).view(*x.shape[:-1], out_features)
