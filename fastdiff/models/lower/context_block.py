@@ -11,6 +11,7 @@ from fastdiff.models.lower.context import ONCE
 from fastdiff.models.lower.heads import TokenNorm, pack_norm
 from fastdiff.models.lower.layers import PackedLinear, Packer
 from fastdiff.models.lower.lowered import require
+from fastdiff.ops.memory import spend
 
 Tensor = torch.Tensor
 
@@ -109,8 +110,10 @@ class ContextBlock:
         """`[B, N, C]` tokens, and shift, scale and gate `[B, C]` of attention, then of what follows."""
         shift, scale, gate, shift_feed, scale_feed, gate_feed = six
         x = self.attend(*self.norms[0](x, self.attend.qkv, shift, scale), gate, x, around)
-        x = self.cross(x, k, v, around)
-        return self.feed(*self.norms[1](x, self.feed.first, shift_feed, scale_feed), gate_feed, x, around)
+        with spend(x):
+            x = self.cross(x, k, v, around)
+        with spend(x):
+            return self.feed(*self.norms[1](x, self.feed.first, shift_feed, scale_feed), gate_feed, x, around)
 
 
 def pack_self(

@@ -12,7 +12,7 @@ from fastdiff.models.lower.coded_layers import is_coded
 from fastdiff.models.lower.layers import PackedLinear, Packer
 from fastdiff.models.lower.lowered import Call, only_defaults, output_class, require, rows_of_time
 from fastdiff.models.lower.structure import Structure
-from fastdiff.ops import memory
+from fastdiff.ops.memory import spend
 from fastdiff.temporal import TemporalTable
 
 Tensor = torch.Tensor
@@ -118,11 +118,11 @@ class LoweredDiT:
         h, codes_scale = self._normed(block.qkv, x, block.norms_eps[0], shift_attn, scale_attn)
         q, k, v = block.qkv(h, x_scale=codes_scale).unflatten(2, (3, self._heads, -1)).unbind(2)
         h = ops.attention(q, k, v, None, None, q.shape[-1] ** -0.5, self._mode.attention)
-        with memory.spend(x):
+        with spend(x):
             x = block.projection(h.flatten(2), gate=gate_attn, residual=x, out_dtype=torch.float32)
         h, codes_scale = self._normed(block.first, x, block.norms_eps[1], shift_ff, scale_ff)
         h = block.first(h, activation="gelu_tanh", x_scale=codes_scale)
-        with memory.spend(x):
+        with spend(x):
             return block.second(h, gate=gate_ff, residual=x, out_dtype=torch.float32)
 
     def _normed(self, into: PackedLinear, x: Tensor, eps: float, shift: Tensor, scale: Tensor):

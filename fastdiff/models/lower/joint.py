@@ -22,6 +22,7 @@ from fastdiff.models.lower.heads import (
 )
 from fastdiff.models.lower.layers import PackedLinear, Packer
 from fastdiff.models.lower.trunk import LAST
+from fastdiff.ops.memory import spend
 
 Tensor = torch.Tensor
 Norms = tuple[HeadNorm | None, HeadNorm | None]
@@ -58,9 +59,10 @@ class Stream:
         return self.out(h.flatten(2), gate=self.columns.of(rows)[2], residual=x, out_dtype=torch.float32)
 
     def fed(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Adds the feed-forward layer to the tokens."""
+        """Adds the feed-forward layer to the tokens, which it may write over."""
         shift, scale, gate = self.columns.of(rows)[3:6]
-        return self.feed(*self.norm_feed(x, self.feed.first, shift, scale), gate, x)
+        with spend(x):
+            return self.feed(*self.norm_feed(x, self.feed.first, shift, scale), gate, x)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from fastdiff.models.lower.heads import Columns, Modulations, Rotation, TokenNor
 from fastdiff.models.lower.joint import PROCESSORS, Norms, pack_head_norms
 from fastdiff.models.lower.layers import PackedLinear, Packer, check_plain
 from fastdiff.models.lower.lowered import require
+from fastdiff.ops.memory import spend
 
 Tensor = torch.Tensor
 
@@ -44,7 +45,8 @@ class SingleBlock:
         q, k = (turn(t, norm, rotation) for t, norm in zip((q, k), self.norms, strict=True))
         h = ops.attention(q, k, v, None, None, self.dim**-0.5, self.precision)
         x = self.out_heads(h.flatten(2), gate=gate, residual=x, out_dtype=torch.float32)
-        return self.out_feed(fed, gate=gate, residual=x, out_dtype=torch.float32)
+        with spend(x):
+            return self.out_feed(fed, gate=gate, residual=x, out_dtype=torch.float32)
 
 
 def pack_single_block(packer: Packer, name: str, block: nn.Module, modulations: Modulations) -> SingleBlock:

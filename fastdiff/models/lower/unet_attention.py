@@ -9,6 +9,7 @@ from fastdiff import ops
 from fastdiff.models.lower.layers import PackedLinear, Packer
 from fastdiff.models.lower.lowered import require
 from fastdiff.models.lower.unet_blocks import Assembly, Conditions, Norm, as_float, is_missing, pack_norm
+from fastdiff.ops.memory import spend
 
 Tensor = torch.Tensor
 _PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "NoneType")
@@ -69,7 +70,9 @@ class LayerNorm:
 
 @dataclass(frozen=True)
 class TransformerBlock:
-    """One or two attentions and a feed-forward layer with GEGLU, each on the norm of what it is added to."""
+    """One or two attentions and a feed-forward layer with GEGLU, each on the norm of what it is added to. Tokens are
+    written over.
+    """
 
     attends: tuple[tuple[LayerNorm, Attend], ...]
     norm: LayerNorm
@@ -78,8 +81,10 @@ class TransformerBlock:
 
     def __call__(self, x: Tensor, conditions: Conditions) -> Tensor:
         for norm, attend in self.attends:
-            x = attend(norm(x), x, conditions)
-        return self.second(self.first(self.norm(x), activation="geglu"), residual=x)
+            with spend(x):
+                x = attend(norm(x), x, conditions)
+        with spend(x):
+            return self.second(self.first(self.norm(x), activation="geglu"), residual=x)
 
 
 @dataclass(frozen=True)
