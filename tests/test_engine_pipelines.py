@@ -18,8 +18,11 @@ pytestmark = pytest.mark.slow
 _SHARED = ("img_ids", "txt_ids")  # tensors without samples
 
 
-def served(pipe, call: dict):
-    """A sampler's network out of a pipeline's denoiser, and the shape of its state: what has no rows is fixed."""
+def served(pipe, call: dict, ready: threading.Event):
+    """A sampler's network out of a pipeline's denoiser, and the shape of its state: what has no rows is fixed.
+
+    Its calls wait until everybody is `ready`.
+    """
     net = denoiser(pipe)
     state = "sample" if "sample" in call else "hidden_states"
     fixed = {
@@ -28,6 +31,7 @@ def served(pipe, call: dict):
     scale = 1 / 1000 if "img_ids" in call else 1
 
     def predict(x, t, **cond):
+        assert ready.wait(60)
         out = net(**fixed, **cond, **{state: x, "timestep": t * scale})[0]
         return out[:, : x.shape[1]]  # learned variances are not the sampler's
 
@@ -45,7 +49,8 @@ def test_four_threads_on_one_pipeline_get_the_bits_of_each_alone(name):
     tiny = TINY[name]
     pipe = fastdiff.accelerate(tiny.build(), deterministic="batch")
     calls = [one_call(pipe, tiny, rows=1, run=run) for run in range(4)]
-    net, shape = served(pipe, calls[0])
+    ready = threading.Event()
+    net, shape = served(pipe, calls[0], ready)
     sampler = fastdiff.Sampler(net, prediction="noise", model_dtype=torch.float32)
     solvers, results = ["dpmpp-2m", "euler-a", "unipc-2", "ddim"], [[] for _ in calls]
 
@@ -63,7 +68,8 @@ def test_four_threads_on_one_pipeline_get_the_bits_of_each_alone(name):
             thread.start()
         for thread in threads:
             thread.join()
-    assert engine.report().rows_per_step > 1.0
+        ready.set()
+    assert engine.report().rows_per_step > 2
     for user, requests in enumerate(results):
         for k, request in enumerate(requests):
             assert torch.equal(request.result(), sampler.sample(**settings(user, k))), (user, k)

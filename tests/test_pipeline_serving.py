@@ -34,8 +34,11 @@ def test_calls_at_the_same_time_have_the_bits_of_each_alone(name):
     pipe = fastdiff.accelerate(tiny.build(), deterministic="batch")
     expected = [torch.as_tensor(pipe(**call_of(tiny, user))[0]) for user in range(6)]
     before = set(vars(pipe)), set(vars(denoiser(pipe)))
+    # other threads come to their next call while one runs
+    slow = denoiser(pipe).register_forward_pre_hook(lambda *_: time.sleep(0.02))
     with fastdiff.PipelineEngine(pipe, threads=4) as engine:
         futures = [engine.submit(**call_of(tiny, user)) for user in range(6)]
+    slow.remove()
     for future, latents in zip(futures, expected, strict=True):
         assert torch.equal(torch.as_tensor(future.result()[0]), latents)
     (report,) = engine.report().values()

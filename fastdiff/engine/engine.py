@@ -35,6 +35,7 @@ class Engine:
     other: always with `micro_batch=1`, and with networks that are accelerated with `deterministic="batch"`. Most networks
     choose their kernels by the size of the batch, which changes the last bits. micro_batch=1 costs what the network gains
     from a batch. A `fastdiff.Cache` in the network is emptied whenever a request joins, so it makes results depend on others.
+    A network that prepares itself for each number of rows (accelerated, compiled) meets few of them with a small micro_batch.
 
     One thread runs the network, in the context (as `fastdiff.backend`) in which the engine was made. Use it in a `with`
     statement, or call `shutdown`.
