@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from quant_networks import NETS, inputs, output, tiny_unet
@@ -206,6 +207,19 @@ def test_ptqd_corrects_the_network_and_can_be_undone():
     assert sqnr_db(want, output(net, data)) > sqnr_db(want, output(plain, data))
     made.undo()
     assert torch.equal(output(net, data), want) and list(net.state_dict()) == list(tiny_unet().state_dict())
+
+
+def test_outputs_of_diffusers_are_corrected_in_their_own_form():
+    sizes = dict(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16,), layers_per_block=1)
+    blocks = dict(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4)
+    net, data = diffusers.UNet2DModel(**sizes, **blocks).eval(), inputs("unet")
+    made = quantize(net, RECIPES["w8a8-static"].config, data)
+    with torch.no_grad():
+        given, (tensor,) = net(data.x, data.t), net(data.x, data.t, return_dict=False)
+        made._handles[-1].remove()
+        plain = net(data.x, data.t).sample
+    assert isinstance(given, diffusers.models.unets.unet_2d.UNet2DOutput) and torch.equal(given.sample, tensor)
+    assert torch.equal(tensor, net.eps_correction(plain, data.t)) and not torch.equal(tensor, plain)
 
 
 def test_a_copy_of_a_quantized_network_is_independent():

@@ -1,5 +1,6 @@
 """Correction of the network's output for the part of quantization noise that is predictable (PTQD, He et al. 2023)."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -37,8 +38,13 @@ class EpsCorrection(nn.Module):
         # a bound method, so that a copy of the network follows its own copy of the tables
         return net.register_forward_hook(self._after, with_kwargs=True)
 
-    def _after(self, net: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor:
-        return self(out, time_of(args, kwargs))
+    def _after(self, net: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
+        corrected = self(_tensor(out), time_of(args, kwargs))
+        if torch.is_tensor(out):
+            return corrected
+        if isinstance(out, tuple):
+            return (corrected, *out[1:])
+        return dataclasses.replace(out, **{dataclasses.fields(out)[0].name: corrected})
 
 
 def fit_correction(reference: Tensor, quantized: Tensor, data: CalibrationSet) -> EpsCorrection:
@@ -66,7 +72,11 @@ def fit_correction(reference: Tensor, quantized: Tensor, data: CalibrationSet) -
 
 
 def predictions(net: nn.Module, data: CalibrationSet) -> Tensor:
-    """The network's outputs for all samples, [n, C, ...]."""
+    """The network's outputs for all samples, [n, C, ...]; the first tensor where it returns a tuple or diffusers' output."""
     data = data.to(next(net.parameters(), torch.zeros(())).device)
     with torch.no_grad():
-        return torch.cat([net(x, t, **cond) for x, t, cond in data.batches()])
+        return torch.cat([_tensor(net(x, t, **cond)) for x, t, cond in data.batches()])
+
+
+def _tensor(out: Any) -> Tensor:
+    return out if torch.is_tensor(out) else out[0]
