@@ -15,9 +15,10 @@ MANY = {
     "bf16": {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",), 120: ("HMMA",)},
 }
 COPIES = {True: ("UTMALDG",), False: ("LDGSTS",)}  # descriptors; 16 bytes to shared memory on the way past registers
-# what surrounds the sums: everything, pairs, nothing
+# what surrounds the sums: everything, everything to codes, no activation, pairs, nothing
 EPILOGUES = {
     "gelu": {"KIND": "gelu", "PAIRS": False, "gate": True, "residual": True},
+    "codes": {"KIND": "gelu", "PAIRS": False, "gate": True, "residual": True},
     "gated": {"KIND": "none", "PAIRS": False, "gate": True, "residual": True},
     "geglu": {"KIND": "gelu", "PAIRS": True, "gate": False, "residual": False},
     "none": {"KIND": "none", "PAIRS": False, "gate": False, "residual": False},
@@ -29,12 +30,14 @@ def _linear(tile: Tile, x: str, weight: str, dtype: str, epilogue: str, grouped=
     kind, size = TYPES[dtype]
     block = max(tile.line // size, 32)
     types = {f"{name}_ptr": "*fp32" for name in ("x_scale", "scale", "bias", "gate", "out_scale")}
-    types |= {"residual_ptr": "*bf16", "out_ptr": "*bf16", "x": "*" + x, "weight": "*" + weight}
+    types |= {"residual_ptr": "*bf16", "x": "*" + x, "weight": "*" + weight}
+    types["out_ptr"] = "*i8" if epilogue == "codes" else "*bf16"
     if tile.tma:
         types["x"] = f"tensordesc<{x}[{tile.rows},{block}]>"
         types["weight"] = f"tensordesc<{weight}[{tile.columns},{block}]>"
     around = EPILOGUES[epilogue]
-    absent = {"out_scale_ptr"} | {f"{name}_ptr" for name in ("gate", "residual") if not around[name]}
+    absent = {f"{name}_ptr" for name in ("gate", "residual") if not around[name]}
+    absent |= set() if epilogue == "codes" else {"out_scale_ptr"}
     absent |= set() if x == "i8" else {"x_scale_ptr"}
     absent |= {"scale_ptr"} if weight in ("bf16", "fp32") and not grouped else set()
     constants = dict.fromkeys(absent) | {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": block}
