@@ -3,6 +3,7 @@
 import importlib.util
 import threading
 import time
+from concurrent.futures import CancelledError
 
 import pytest
 import torch
@@ -70,6 +71,28 @@ def test_errors_stay_with_their_call():
     assert max(shape[0] for shape in seen) == 4
 
 
+def test_cancelling_ends_a_call_before_its_next_step_and_leaves_the_others():
+    tiny = TINY["DiT"]
+    pipe = fastdiff.accelerate(tiny.build(), deterministic="batch")
+    expected = torch.as_tensor(pipe(**call_of(tiny, 1))[0])
+    with fastdiff.PipelineEngine(pipe, threads=2) as engine:
+        long = engine.submit(**call_of(tiny, 0, num_inference_steps=900))
+        other = engine.submit(**call_of(tiny, 1))
+        waiting = [engine.submit(**call_of(tiny, 2, num_inference_steps=900)) for _ in range(2)]
+        assert torch.equal(torch.as_tensor(other.result(60)[0]), expected) and not other.cancel()
+        assert waiting[1].cancel() and waiting[1].cancelled()
+        while not long.calls:
+            time.sleep(0.001)
+        assert long.cancel()
+        with pytest.raises(CancelledError):
+            long.result(60)
+        engine.shutdown(wait=False, cancel=True)
+    assert long.cancelled() and 0 < long.calls < 900 and not other.cancelled()
+    assert waiting[0].cancelled() and waiting[0].calls < 900
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        engine.submit(**call_of(tiny, 0))
+
+
 def test_the_first_who_finds_the_denoiser_free_calls_it_for_all_who_wait():
     """Two sizes wait while a call runs; those of one size are made as one call, and a large one goes alone."""
     inside, go, sizes = threading.Event(), threading.Event(), []
@@ -82,7 +105,7 @@ def test_the_first_who_finds_the_denoiser_free_calls_it_for_all_who_wait():
             return (sample * scale + timestep.view(-1, 1),)
 
     report = EngineReport()
-    joint, results = JointCalls(Slow(), 4, report), {}
+    joint, results = JointCalls(Slow(), lambda: None, 4, report), {}
 
     def user(n, shape, t, **others):
         results[n] = joint(torch.full(shape, float(n)), t, **others)[0]

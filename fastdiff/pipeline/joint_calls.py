@@ -24,12 +24,13 @@ class JointCalls:
     else is equal. Timesteps are one per sample.
 
     module  the denoiser itself
+    before  called in the thread of a call before it waits; what it raises is raised there
     most    rows of a joint call; one that has more goes alone
     report  counts joint calls as its steps, the calls they stand for as its rows
     """
 
-    def __init__(self, module: nn.Module, most: int, report: EngineReport) -> None:
-        self._module, self._most, self._report = module, most, report
+    def __init__(self, module: nn.Module, before: Callable[[], None], most: int, report: EngineReport) -> None:
+        self._module, self._before, self._most, self._report = module, before, most, report
         self._names = list(inspect.signature(type(module).forward).parameters)[1:]
         self._turn = threading.Lock()  # of the denoiser
         self._changed = threading.Condition()  # guards what follows
@@ -38,6 +39,7 @@ class JointCalls:
         self._seconds = 0.0  # that the last call took
 
     def __call__(self, *args, **kwargs):
+        self._before()
         call = _Call(dict(zip(self._names, args, strict=False)) | kwargs)
         with self._changed:
             self._callers.add(threading.get_ident())

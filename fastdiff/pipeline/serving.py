@@ -4,7 +4,7 @@ import contextvars
 import copy
 import threading
 from collections import OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 from torch import nn
 
@@ -13,6 +13,34 @@ from fastdiff.pipeline.drop_in import DENOISERS, is_pipeline
 from fastdiff.pipeline.joint_calls import JointCalls
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+class PipelineRequest(Future):
+    """A call that was submitted: a `concurrent.futures.Future` of what the pipeline returns, which can also be cancelled
+    while it runs.
+
+    calls  of the denoiser so far
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self._withdrawn = False
+
+    def cancel(self) -> bool:
+        """Has it end before its next call of the denoiser, with CancelledError as its result. False where it is done."""
+        self._withdrawn = super().cancel() or not self.done()
+        return self._withdrawn
+
+    def cancelled(self) -> bool:
+        """Whether it ended so."""
+        return super().cancelled() or (self.done() and isinstance(self.exception(), CancelledError))
+
+    def count(self) -> None:
+        """Counts a call of the denoiser. Raises CancelledError instead where that was asked for."""
+        if self._withdrawn:
+            raise CancelledError
+        self.calls += 1
 
 
 class PipelineEngine:
@@ -41,11 +69,14 @@ class PipelineEngine:
         modules = {name: module for name, module in modules.items() if isinstance(module, nn.Module)}
         if not modules:
             raise ValueError(f"PipelineEngine: {type(pipe).__name__} has none of {', '.join(DENOISERS)}")
-        self.pipe = pipe
+        self.pipe, self._own = pipe, threading.local()
+        count = lambda: self._own.request.count()
+        self._open: dict[PipelineRequest, None] = {}  # not done
         self._reports = {name: EngineReport() for name in modules}
-        self._joint = {name: JointCalls(module, max_rows, self._reports[name]) for name, module in modules.items()}
-        self._own = threading.local()
-        self._pool = ThreadPoolExecutor(threads, "fastdiff.PipelineEngine", self._prepare)
+        self._joint = {
+            name: JointCalls(module, count, max_rows, self._reports[name]) for name, module in modules.items()
+        }
+        self._pool = ThreadPoolExecutor(threads, "fastdiff.PipelineEngine")
 
     def __enter__(self) -> "PipelineEngine":
         return self
@@ -53,37 +84,61 @@ class PipelineEngine:
     def __exit__(self, kind: type | None, *_) -> None:
         self.shutdown(cancel=kind is not None)
 
-    def submit(self, *args, **kwargs) -> Future:
+    def submit(self, *args, **kwargs) -> PipelineRequest:
         """Queues a call with these arguments of the pipeline; the result is what it would return.
 
-        `callback_on_step_end` sees every step, runs in the thread of the call, and cancels it by raising.
+        `callback_on_step_end` sees every step, in the thread of the call.
         """
-        return self._pool.submit(contextvars.copy_context().run, self._call, args, kwargs)
+        request = PipelineRequest()
+        self._open[request] = None
+        request.add_done_callback(lambda _: self._open.pop(request, None))
+        try:
+            self._pool.submit(contextvars.copy_context().run, self._call, request, args, kwargs)
+        except RuntimeError:
+            request.cancel()
+            raise
+        return request
 
     def report(self) -> dict[str, EngineReport]:
         """For each denoiser the joint calls so far, as steps, and the calls of pipelines that they stand for, as rows."""
         return {name: copy.copy(report) for name, report in self._reports.items()}
 
     def shutdown(self, wait: bool = True, cancel: bool = False) -> None:
-        """Takes no more calls; `cancel` drops those that have not begun, `wait` returns when the others are done."""
-        self._pool.shutdown(wait, cancel_futures=cancel)
+        """Takes no more calls; with `cancel` withdraws all there are, and with `wait` returns when the rest is done."""
+        if cancel:
+            for request in list(self._open):
+                request.cancel()
+        self._pool.shutdown(wait)
 
-    def _prepare(self) -> None:
-        """Makes the copy of the pipeline that a thread of the pool uses."""
-        pipe = self._own.pipe = copy.copy(self.pipe)
+    def _copy(self) -> object:
+        """The copy of the pipeline that this thread uses, with a new scheduler."""
+        if not hasattr(self._own, "pipe"):
+            self._own.pipe = self._new_copy()
+        vars(self._own.pipe)["scheduler"] = copy.deepcopy(self.pipe.scheduler)
+        return self._own.pipe
+
+    def _new_copy(self) -> object:
+        pipe = copy.copy(self.pipe)
         tokenizers = {name: part for name, part in pipe.components.items() if name.startswith("tokenizer")}
         # set past the pipeline's own setter, which would write into the configuration that all copies share
         vars(pipe).update({name: copy.deepcopy(part) for name, part in tokenizers.items()})
         vars(pipe).update({name: _twin(self.pipe.components[name], joint) for name, joint in self._joint.items()})
+        return pipe
 
-    def _call(self, args: tuple, kwargs: dict) -> object:
-        pipe = self._own.pipe
-        vars(pipe)["scheduler"] = copy.deepcopy(self.pipe.scheduler)
+    def _call(self, request: PipelineRequest, args: tuple, kwargs: dict) -> None:
+        if not request.set_running_or_notify_cancel():
+            return
+        self._own.request = request
         try:
-            return pipe(*args, **kwargs)
-        finally:
-            for joint in self._joint.values():
-                joint.leave()
+            try:
+                result = self._copy()(*args, **kwargs)
+            finally:
+                for joint in self._joint.values():
+                    joint.leave()
+        except BaseException as error:
+            request.set_exception(error)
+        else:
+            request.set_result(result)
 
 
 def _twin(module: nn.Module, forward: JointCalls) -> nn.Module:
