@@ -11,6 +11,7 @@ COMMANDS = {
     "bench": "time kernels against their peers",
     "quantize": "quantize a model by a recipe and report its quality",
     "compare": "compare two models from equal noise",
+    "tune": "measure which tiles of the GPU kernels are fastest here",
 }
 
 

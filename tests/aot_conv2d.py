@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 import triton.language as tl
 from aot_attention import CODES, HALF, TMA
 from aot_cases import ARCHS, Case, source
@@ -76,7 +77,8 @@ def _cases() -> Iterator[tuple[str, Case]]:
             yield _case(arch, tile, "bf16")
             yield _case(arch, tile, "i8", fast=largest)
         sizes = conv2d_launch.Sizes(2, 64, 64, 64, 64, 3, 1, 1, 1, 1)
-        both = conv2d_launch.tile_of(arch, 132, sizes, 1280, 1, arch in conv2d_launch.TMA_TILES, True)
+        call = conv2d_launch.Call(sizes, (64, 64), 1280, torch.int8, 1, arch in conv2d_launch.TMA_TILES)
+        both = conv2d_launch.tiles_for(arch, call)[0]
         yield _case(arch, both, "i8", ", two segments", two=True)
     first, wide = conv2d_launch.TILES[80][0], conv2d_launch.TMA_TILES[90][0]
     yield _case(80, first, "bf16", ", stride 2", STRIDE=2)

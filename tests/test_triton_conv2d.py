@@ -7,7 +7,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fastdiff.kernels import conv2d_launch
 from fastdiff.kernels.conv2d_codes import codes_of
-from fastdiff.kernels.conv2d_launch import Sizes, Tile, conv2d_triton
+from fastdiff.kernels.conv2d_launch import Call, Sizes, Tile, conv2d_triton
+from fastdiff.kernels.tuned import Machine
 from fastdiff.ops import backend, conv2d, conv2d_w8a8, cudnn
 from fastdiff.ops.conv2d_call import convolve, output_shape
 from fastdiff.ops.conv2d_samples import make_call, make_int8_call
@@ -140,20 +141,41 @@ def test_codes_are_those_of_the_reference(dtype, monkeypatch):
         assert torch.equal(codes[known].double(), want[known])
 
 
+def _call(n: int, batch: int = 1, two: bool = False, tma: bool = False, size: int = 64) -> Call:
+    sizes = Sizes(batch, size, size, size, size, 3, 1, 1, 1, 1)
+    return Call(sizes, (64, 64) if two else (64,), n, torch.int8, 1, tma)
+
+
+def _chosen(arch: int, *args) -> Tile:
+    return conv2d_launch.tile_of(Machine(arch, 132, f"nowhere-{arch}"), _call(*args))
+
+
 def test_every_call_has_a_tile():
-    one = Sizes(1, 64, 64, 64, 64, 3, 1, 1, 1, 1)
-    choose = lambda arch, n, tma, two, batch=1, splits=1: conv2d_launch.tile_of(
-        arch, 132, one._replace(batch=batch), n, splits, tma, two
-    )
     for arch in conv2d_launch.TILES:
         for n in (1, 4, 16, 17, 64, 100, 320, 1280):
             for tma in (False, True) if arch in conv2d_launch.TMA_TILES else (False,):
                 for two in (False, True):
-                    tile = choose(arch, n, tma, two)
+                    tile = _chosen(arch, n, 1, two, tma)
                     assert (tma or not tile.tma) and tile.pixels in (128, 256) and not (two and tile.pixels > 128)
-    assert choose(90, 320, True, False, 8)[:2] == (256, 128) and choose(90, 320, True, True, 8)[:2] == (128, 128)
-    assert choose(90, 4, True, False).columns == choose(80, 4, False, False, 8).columns == 16
-    assert choose(90, 64, True, False, 8)[:2] == (128, 64) and choose(80, 1280, False, True, 8)[1:4:2] == (64, 8)
+    assert _chosen(90, 320, 8, False, True)[:2] == (256, 128) and _chosen(90, 320, 8, True, True)[:2] == (128, 128)
+    assert _chosen(90, 4, 1, False, True).columns == _chosen(80, 4, 8).columns == 16
+    assert _chosen(90, 64, 8, False, True)[:2] == (128, 64) and _chosen(80, 1280, 8, True)[1:4:2] == (64, 8)
+
+
+def test_a_measured_tile_comes_first_if_it_can_serve(monkeypatch):
+    machine, call = Machine(90, 132, "nowhere"), _call(640, 2, False, True, 40)
+    usual, *_, narrow = conv2d_launch.tile_of(machine, call), *conv2d_launch.tiles_for(90, call)
+    assert call.key == "conv2d int8 3/1*1 4096 64 640 /1 tma" and usual != narrow
+    for written, expected in (
+        (list(narrow), narrow),
+        ([64, 64, 64, 4, 9, True, 1.0], usual),
+        ("?", usual),
+        (None, usual),
+    ):
+        monkeypatch.setattr("fastdiff.kernels.tuned.entries", lambda name, w=written: {call.key: w})
+        assert conv2d_launch.tile_of.__wrapped__(machine, call) == expected
+    keys = [_call(8, 1, False, False, size).key.split()[3] for size in (1, 2, 3, 5, 6, 7, 8, 9)]
+    assert keys == ["1", "4", "12", "32", "48", "64", "64", "96"]
 
 
 def test_steps_waste_few_channels():

@@ -1,13 +1,14 @@
 """Chooses configurations of the convolution kernels and launches them."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from fastdiff.kernels.attention_launch import family
+from fastdiff.kernels import tuned
 from fastdiff.kernels.conv2d import conv2d_finish_kernel, conv2d_kernel
 from fastdiff.kernels.rounding import INTERPRETED
 from fastdiff.kernels.row_blocks import tile_of as finish_tile
@@ -58,6 +59,35 @@ class Sizes(NamedTuple):
     upsample: int
 
 
+class Call(NamedTuple):
+    """What a tile is chosen by: sizes, channels of each segment, outputs, what is multiplied, parts of the sum, descriptors."""
+
+    sizes: Sizes
+    channels: tuple[int, ...]
+    n: int
+    dtype: torch.dtype
+    splits: int
+    tma: bool
+
+    @property
+    def pixels(self) -> int:
+        return self.sizes.batch * self.sizes.out_height * self.sizes.out_width
+
+    @property
+    def two_sums(self) -> bool:
+        """Those of two int8 segments are kept apart."""
+        return self.dtype == torch.int8 and len(self.channels) == 2
+
+    @property
+    def key(self) -> str:
+        """What measured tiles are looked up by; pixels up to the next of 2^k and 3 * 2^(k - 1)."""
+        power = triton.next_power_of_2(self.pixels)
+        pixels = power * 3 // 4 if power >= 4 and self.pixels <= power * 3 // 4 else power
+        kind = f"{str(self.dtype)[6:]} {self.sizes.kernel}/{self.sizes.stride}*{self.sizes.upsample}"
+        shape = f"{pixels} {'+'.join(map(str, self.channels))} {self.n} /{self.splits}"
+        return f"conv2d {kind} {shape}{' tma' if self.tma else ''}"
+
+
 # per architecture. Chosen by registers, spills and shared memory of what tests/aot_conv2d.py compiles, not yet by time;
 # two blocks of 128 x 128 share a multiprocessor of sm_90
 TILES: dict[int, tuple[Tile, ...]] = {
@@ -82,21 +112,26 @@ INTERPRETED_TILE = Tile(256, 128, 64, 4, 1)
 
 
 @functools.lru_cache(4096)
-def tile_of(arch: int, processors: int, sizes: Sizes, n: int, splits: int, tma: bool, two_sums: bool) -> Tile:
-    """The tile that needs the least time for n outputs in 16 or 8 bits, by what the busiest multiprocessor has to do.
+def tile_of(machine: tuned.Machine, call: Call) -> Tile:
+    """The tile that was measured for a call in 16 or 8 bits, or else the one that should need the least time.
 
-    tma: the tensors allow descriptors. two_sums: those of two int8 segments are kept apart.
+    That is judged by what the busiest multiprocessor has to do.
     """
-    pixels = sizes.batch * sizes.out_height * sizes.out_width
 
     def time(tile: Tile) -> float:
-        blocks = splits * triton.cdiv(pixels, tile.pixels) * triton.cdiv(n, tile.columns)
-        return triton.cdiv(blocks, processors) * tile.pixels * tile.columns / tile.rate
+        blocks = call.splits * triton.cdiv(call.pixels, tile.pixels) * triton.cdiv(call.n, tile.columns)
+        return triton.cdiv(blocks, machine.processors) * tile.pixels * tile.columns / tile.rate
 
-    tables = (TMA_TILES[arch] if tma else (), TILES[arch])
-    fits = lambda tile: (tile.columns > 16 or n <= 32) and (tile.pixels <= 128 or not two_sums)
-    tile = min((tile for table in tables for tile in table if fits(tile)), key=time)
-    return _with_two_sums(arch, tile) if two_sums else tile
+    tiles = tiles_for(machine.arch, call)
+    return tuned.choose(machine.name, call.key, tiles) or min(tiles, key=time)
+
+
+def tiles_for(arch: int, call: Call) -> list[Tile]:
+    """All tiles that can serve a call in 16 or 8 bits."""
+    tables = (TMA_TILES[arch] if call.tma else (), TILES[arch])
+    fits = lambda tile: (tile.columns > 16 or call.n <= 32) and (tile.pixels <= 128 or not call.two_sums)
+    tiles = [tile for table in tables for tile in table if fits(tile)]
+    return [_with_two_sums(arch, tile) for tile in tiles] if call.two_sums else tiles
 
 
 def _with_two_sums(arch: int, tile: Tile) -> Tile:
@@ -104,7 +139,7 @@ def _with_two_sums(arch: int, tile: Tile) -> Tile:
     return tile if arch == 90 else tile._replace(columns=min(tile.columns, 64), warps=8)
 
 
-def step_of(tile: Tile, channels: list[int], size: int) -> int:
+def step_of(tile: Tile, channels: Sequence[int], size: int) -> int:
     """Channels at once: half a tile's step where that wastes less, or where int8 has to have 32."""
     wide = tile.step // size
     waste = lambda step: sum(-(-c // step) * step for c in channels)
@@ -144,13 +179,6 @@ def allows_descriptors(images: list[torch.Tensor], weight: torch.Tensor, sizes: 
     return all(aligned(x) for x in (*images, weight))
 
 
-@functools.cache
-def _gpu(index: int) -> tuple[int, int]:
-    """The architecture whose tiles serve a GPU, and its number of multiprocessors."""
-    properties = torch.cuda.get_device_properties(index)
-    return family((properties.major, properties.minor)), properties.multi_processor_count
-
-
 def conv2d_triton(
     out: torch.Tensor,
     segments: list[tuple[torch.Tensor, torch.Tensor | None]],
@@ -175,10 +203,10 @@ def conv2d_triton(
     if out.numel() == 0:
         return
     images, size, n = [x for x, _ in segments], weight.element_size(), out.shape[3]
-    arch, processors = (0, 1) if INTERPRETED.value else _gpu(out.device.index)
-    channels = [x.shape[3] for x in images]
+    processors = 1 if INTERPRETED.value else tuned.machine_of(out.device.index).processors
+    channels = tuple(x.shape[3] for x in images)
     splits = splits or splits_of(processors, sizes, n, min(channels) * size)
-    tile = tile or _tile(arch, processors, images, weight, sizes, n, splits)
+    tile = tile or _tile(images, weight, sizes, channels, n, splits)
     block = step_of(tile, channels, size)
     finishing = (bias, emb, residual, out_scale, out)
     scales = [scale for _, scale in segments] + [None] * (2 - len(segments))
@@ -192,13 +220,16 @@ def conv2d_triton(
         finish_triton(kept, splits, scales, weight_scale, *finishing)
 
 
-def _tile(arch: int, processors: int, images, weight: torch.Tensor, sizes: Sizes, n: int, splits: int) -> Tile:
+def _tile(
+    images: list[torch.Tensor], weight: torch.Tensor, sizes: Sizes, channels: tuple[int, ...], n, splits
+) -> Tile:
     if INTERPRETED.value:
         return INTERPRETED_TILE
     if weight.dtype == torch.float32:
         return EXACT_TILE
-    tma = arch in TMA_TILES and allows_descriptors(images, weight, sizes)
-    return tile_of(arch, processors, sizes, n, splits, tma, weight.dtype == torch.int8 and len(images) == 2)
+    machine = tuned.machine_of(weight.device.index)
+    tma = machine.arch in TMA_TILES and allows_descriptors(images, weight, sizes)
+    return tile_of(machine, Call(sizes, channels, n, weight.dtype, splits, tma))
 
 
 def _launch(images, scales, weight, padded, weight_scale, finishing, kept, sizes, tile, block, splits) -> None:
