@@ -59,7 +59,7 @@ def _many() -> Iterator[tuple[str, Case]]:
             for kind, epilogue in epilogues.items() if arch == 90 else [list(epilogues.items())[index % 2]]:
                 for around in EPILOGUES if arch == 90 and index == 0 and kind == "i8" else (epilogue,):
                     name = f"linear: sm_{arch} {kind} {tile.rows} x {tile.columns}, {around}"
-                    fast = (arch, index, kind) == (90, 1, "i8")
+                    fast = (arch, index, kind) == (90, 3, "i8")
                     opcodes = MANY[kind][arch] + COPIES[tile.tma]
                     yield name, _case(arch, tile, kind, kind, kind, around, opcodes=opcodes, fast=fast)
         tile = linear_tiles.lighter(tiles[1], True)
@@ -91,9 +91,8 @@ def _few() -> Iterator[tuple[str, Case]]:
             for kind in FEW_KINDS if arch == 90 and tile is tiles[0] else (label,):
                 opcodes = (*MANY["i8" if kind.endswith("a8") else "bf16"][arch], "LDGSTS")
                 how = {"turned": True, "grouped": kind.startswith("w4")}
-                fast = arch == 90 and kind == "w4a16" and tile is tiles[0]
                 name = f"linear: sm_{arch} {kind}, {tile.rows} rows"
-                yield name, _case(arch, tile, *FEW_KINDS[kind], "gelu", opcodes=opcodes, fast=fast, **how)
+                yield name, _case(arch, tile, *FEW_KINDS[kind], "gelu", opcodes=opcodes, **how)
         tile = linear_tiles.few_tile(arch, 1, 64, 132)
         how = {"opcodes": ("IMMA", "LDGSTS"), "turned": True, "grouped": True}
         name = f"linear: sm_{arch} w4a8, {tile.columns} columns"
