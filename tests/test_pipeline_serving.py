@@ -42,8 +42,9 @@ def test_calls_at_the_same_time_have_the_bits_of_each_alone(name):
     slow.remove()
     for future, latents in zip(futures, expected, strict=True):
         assert torch.equal(torch.as_tensor(future.result()[0]), latents)
-    (report,) = engine.report().values()
+    report = engine.report()
     assert report.rows_per_step > 1, "no call was made for two users"
+    assert (report.finished, report.waiting, report.running) == (6, 0, 0)
     assert (set(vars(pipe)), set(vars(denoiser(pipe)))) == before
 
 
@@ -69,6 +70,7 @@ def test_errors_stay_with_their_call():
     with pytest.raises(IndexError):
         failing.result()
     assert max(shape[0] for shape in seen) == 4
+    assert (engine.report().finished, engine.report().failed) == (4, 1)
 
 
 def test_cancelling_ends_a_call_before_its_next_step_and_leaves_the_others():
@@ -89,6 +91,8 @@ def test_cancelling_ends_a_call_before_its_next_step_and_leaves_the_others():
         engine.shutdown(wait=False, cancel=True)
     assert long.cancelled() and 0 < long.calls < 900 and not other.cancelled()
     assert waiting[0].cancelled() and waiting[0].calls < 900
+    engine.shutdown()
+    assert (engine.report().finished, engine.report().cancelled) == (1, 3)
     with pytest.raises(RuntimeError, match="after shutdown"):
         engine.submit(**call_of(tiny, 0))
 
@@ -105,7 +109,7 @@ def test_the_first_who_finds_the_denoiser_free_calls_it_for_all_who_wait():
             return (sample * scale + timestep.view(-1, 1),)
 
     report = EngineReport()
-    joint, results = JointCalls(Slow(), lambda: None, 4, report), {}
+    joint, results = JointCalls(Slow(), lambda: None, 4, report.stepped), {}
 
     def user(n, shape, t, **others):
         results[n] = joint(torch.full(shape, float(n)), t, **others)[0]

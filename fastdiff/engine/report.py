@@ -1,5 +1,6 @@
 """What an engine has done so far."""
 
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field, replace
 
 from fastdiff.sampler import Cancelled
@@ -70,7 +71,9 @@ class EngineReport:
 
     def settled(self, error: BaseException | None) -> None:
         """Counts a request that is done."""
-        outcome = "finished" if error is None else "cancelled" if isinstance(error, Cancelled) else "failed"
+        outcome = (
+            "finished" if error is None else "cancelled" if isinstance(error, Cancelled | CancelledError) else "failed"
+        )
         setattr(self, outcome, getattr(self, outcome) + 1)
 
     def now(self, waiting: int, running: int) -> "EngineReport":

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastdiff.engine import EngineReport
 from fastdiff.pipeline.paired_calls import SHARED, STATES
 
 Tensor = torch.Tensor
@@ -26,11 +25,11 @@ class JointCalls:
     module  the denoiser itself
     before  called in the thread of a call before it waits; what it raises is raised there
     most    rows of a joint call; one that has more goes alone
-    report  counts joint calls as its steps, the calls they stand for as its rows
+    note    told of every joint call how many calls it stands for, its rows and its seconds
     """
 
-    def __init__(self, module: nn.Module, before: Callable[[], None], most: int, report: EngineReport) -> None:
-        self._module, self._before, self._most, self._report = module, before, most, report
+    def __init__(self, module: nn.Module, before: Callable[[], None], most: int, note: Callable) -> None:
+        self._module, self._before, self._most, self._note = module, before, most, note
         self._names = list(inspect.signature(type(module).forward).parameters)[1:]
         self._turn = threading.Lock()  # of the denoiser
         self._changed = threading.Condition()  # guards what follows
@@ -82,8 +81,7 @@ class JointCalls:
             return
         self._seconds = time.perf_counter() - start
         rows = sum(call.rows for call in calls)
-        with self._changed:
-            self._report.stepped(len(calls), rows, self._seconds)
+        self._note(len(calls), rows, self._seconds)
         begin = 0
         for call in calls:
             part = slice(begin, begin + call.rows)

@@ -3,6 +3,7 @@
 import contextvars
 import copy
 import threading
+import time
 from collections import OrderedDict
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
@@ -25,6 +26,7 @@ class PipelineRequest(Future):
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
+        self.submitted = time.perf_counter()
         self._withdrawn = False
 
     def cancel(self) -> bool:
@@ -70,12 +72,11 @@ class PipelineEngine:
         if not modules:
             raise ValueError(f"PipelineEngine: {type(pipe).__name__} has none of {', '.join(DENOISERS)}")
         self.pipe, self._own = pipe, threading.local()
-        count = lambda: self._own.request.count()
+        self._lock = threading.Lock()  # guards what follows
         self._open: dict[PipelineRequest, None] = {}  # not done
-        self._reports = {name: EngineReport() for name in modules}
-        self._joint = {
-            name: JointCalls(module, count, max_rows, self._reports[name]) for name, module in modules.items()
-        }
+        self._report = EngineReport()
+        count = lambda: self._own.request.count()
+        self._joint = {name: JointCalls(module, count, max_rows, self._note) for name, module in modules.items()}
         self._pool = ThreadPoolExecutor(threads, "fastdiff.PipelineEngine")
 
     def __enter__(self) -> "PipelineEngine":
@@ -90,8 +91,9 @@ class PipelineEngine:
         `callback_on_step_end` sees every step, in the thread of the call.
         """
         request = PipelineRequest()
-        self._open[request] = None
-        request.add_done_callback(lambda _: self._open.pop(request, None))
+        with self._lock:
+            self._open[request] = None
+        request.add_done_callback(self._settled)
         try:
             self._pool.submit(contextvars.copy_context().run, self._call, request, args, kwargs)
         except RuntimeError:
@@ -99,16 +101,29 @@ class PipelineEngine:
             raise
         return request
 
-    def report(self) -> dict[str, EngineReport]:
-        """For each denoiser the joint calls so far, as steps, and the calls of pipelines that they stand for, as rows."""
-        return {name: copy.copy(report) for name, report in self._reports.items()}
+    def report(self) -> EngineReport:
+        """What has been done so far: joint calls of the denoiser are its steps, the calls they stand for its rows."""
+        with self._lock:
+            running = sum(request.running() for request in self._open)
+            return self._report.now(len(self._open) - running, running)
 
     def shutdown(self, wait: bool = True, cancel: bool = False) -> None:
         """Takes no more calls; with `cancel` withdraws all there are, and with `wait` returns when the rest is done."""
         if cancel:
-            for request in list(self._open):
+            with self._lock:
+                pending = list(self._open)
+            for request in pending:
                 request.cancel()
         self._pool.shutdown(wait)
+
+    def _note(self, calls: int, rows: int, seconds: float) -> None:
+        with self._lock:
+            self._report.stepped(calls, rows, seconds)
+
+    def _settled(self, request: PipelineRequest) -> None:
+        with self._lock:
+            self._open.pop(request)
+            self._report.settled(CancelledError() if request.cancelled() else request.exception())
 
     def _copy(self) -> object:
         """The copy of the pipeline that this thread uses, with a new scheduler."""
@@ -129,6 +144,8 @@ class PipelineEngine:
         if not request.set_running_or_notify_cancel():
             return
         self._own.request = request
+        with self._lock:
+            self._report.begun(time.perf_counter() - request.submitted)
         try:
             try:
                 result = self._copy()(*args, **kwargs)
