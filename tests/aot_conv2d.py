@@ -15,7 +15,7 @@ _ALIGNED = ("channels", "channels2", "padded", "padded2", "row", "n", "emb_strid
 COPIES = ("LDGSTS",)  # straight into shared memory
 
 
-def _conv(tile: Tile, data: str, step: int = 0, two: bool = False, split: bool = False, image: str = "", **geometry):
+def _conv(tile: Tile, data: str, step: int = 0, two=False, split=False, image: str = "", aligned=_ALIGNED, **geometry):
     """`step`: channels at once, if not all of the tile's bytes. `image`: the type of x where it is not that of the weights."""
     dtype, size = TYPES[data]
     block = step or tile.step // size
@@ -40,7 +40,7 @@ def _conv(tile: Tile, data: str, step: int = 0, two: bool = False, split: bool =
         "PRECISION": "tf32x3" if data == "fp32" else "ieee",
         "TMA": tile.tma,
     }
-    return source(conv2d.conv2d_kernel, types, constants, _ALIGNED), tile.options
+    return source(conv2d.conv2d_kernel, types, constants, aligned), tile.options
 
 
 def _finish(data: str):
@@ -85,7 +85,8 @@ def _cases() -> Iterator[tuple[str, Case]]:
     yield _case(80, first, "i8", ", upsampled, half steps", UPSAMPLE=2, step=64)
     yield _case(90, conv2d_launch.TILES[90][0], "i8", ", two segments", two=True)
     yield _case(90, wide, "i8", ", split", split=True)
-    yield _case(90, wide, "bf16", ", 1 x 1", KERNEL=1)
+    few = lambda: _conv(conv2d_launch.TILES[90][0], "bf16", 32, aligned=("row", "n", "emb_stride"))
+    yield "conv2d: few channels", Case(few, (80, 90), opcodes=((80, HALF[80]), (90, HALF[90])))
     mixed = lambda: _conv(conv2d_launch.TILES[90][0], "bf16", image="fp32")
     yield "conv2d: float32 meets bfloat16", Case(mixed, (90,), opcodes=((90, HALF[90]),))
     exact = lambda: _conv(conv2d_launch.EXACT_TILE, "fp32")
