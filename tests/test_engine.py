@@ -236,6 +236,26 @@ def test_nan_and_errors_of_the_network_fail_only_the_request_that_has_them():
     assert (engine.report().finished, engine.report().failed) == (3, 2)
 
 
+def test_a_network_that_cannot_prepare_a_schedule_fails_the_request_and_no_other():
+    class Net:
+        def prepare_schedule(self, x, times, **cond):
+            prepared.append(tuple(times.shape))
+            if len(times) == 4:
+                raise MemoryError
+
+        def __call__(self, x, t, **cond):
+            return elementwise_net(x, t, **cond)
+
+    prepared, arguments = [], dict(solver="ddim", guidance=2.0, negative={})
+    with Engine(sampler_of(Net()), max_rows=2) as engine:
+        requests = [engine.submit((2, *SHAPE), steps=steps, **arguments) for steps in (3, 4, 5)]
+    assert prepared == [(3, 4), (4, 4), (5, 4)]  # calls, and rows of both branches
+    with pytest.raises(MemoryError):
+        requests[1].result()
+    for steps, request in ((3, requests[0]), (5, requests[2])):
+        assert torch.equal(request.result(), sampler_of().sample((2, *SHAPE), steps=steps, **arguments))
+
+
 def test_first_come_first_served():
     """Of two places one is free, which a request of two samples waits for; nobody who came later may take it."""
     gate, ends = Gate(), []

@@ -38,14 +38,17 @@ class Rows:
         given, plan, device = request.arguments, request.plan, request.arguments.start.seed.device
         model_dtype = given.options.resolve_model_dtype(self._sampler.net)
         leaves = initial_leaves(given.start, request.aux, plan, given.options.dtype, model_dtype)
-        alone = self._model_calls(request, given.conditioning, torch.zeros(plan.branches, plan.batch))
+        alone = self._model_calls(
+            request, given.conditioning, torch.zeros(plan.branches, plan.batch, dtype=torch.int32)
+        )
         alone.prepare(torch.from_numpy(plan.time).to(device, torch.float32), leaves)
         with self._lock:
             self._reserve(request, leaves)
-            places, self._free = self._free[: plan.batch], self._free[plan.batch :]
+            places = self._free[: plan.batch]
             at = torch.tensor(places, device=device)
             self._places.put(at, leaves, request.aux, given.conditioning.tensors, given.start.seed)
             self._calls.renew()
+            self._free = self._free[plan.batch :]
             request.begin(self, np.array(places), [leaf.x for leaf in leaves])
             self.requests.append(request)
 
@@ -113,9 +116,9 @@ class Rows:
         sizes = rows, max(S, plan.slots), max(J, plan.branches)
         if sizes == (R, S, J):
             return
-        self._free += range(R, rows)
         fresh = (leaves, request.aux, given.conditioning.tensors)
         self._places = old.enlarged(*sizes) if old else Places(*fresh, *sizes)
+        self._free += range(R, rows)
         conditioning = Conditioning(self._places.conditioning, given.conditioning.others)
         self._calls = self._model_calls(request, conditioning, self._places.source)
 
