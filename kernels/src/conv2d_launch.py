@@ -1,7 +1,6 @@
 """Chooses configurations of the convolution kernels and launches them."""
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,11 @@ _TYPES = {
 }  # fmt: skip
 FINISH_OPTIONS = {"num_warps": 4}
 MAX_SPLITS, MIN_STEPS = 8, 8  # parts of a sum; steps of each at least
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; triton.cdiv, which kernels can call too, takes 2 us."""
+    return -(-a // b)
 
 
 class Tile(NamedTuple):
@@ -119,8 +123,8 @@ def tile_of(machine: tuned.Machine, call: Call) -> Tile:
     """
 
     def time(tile: Tile) -> float:
-        blocks = call.splits * triton.cdiv(call.pixels, tile.pixels) * triton.cdiv(call.n, tile.columns)
-        return triton.cdiv(blocks, machine.processors) * tile.pixels * tile.columns / tile.rate
+        blocks = call.splits * cdiv(call.pixels, tile.pixels) * cdiv(call.n, tile.columns)
+        return cdiv(blocks, machine.processors) * tile.pixels * tile.columns / tile.rate
 
     tiles = tiles_for(machine.arch, call)
     return tuned.choose(machine.name, call.key, tiles) or min(tiles, key=time)
@@ -139,20 +143,22 @@ def _with_two_sums(arch: int, tile: Tile) -> Tile:
     return tile if arch == 90 else tile._replace(columns=min(tile.columns, 64), warps=8)
 
 
-def step_of(tile: Tile, channels: Sequence[int], size: int) -> int:
+@functools.lru_cache(1024)
+def step_of(tile: Tile, channels: tuple[int, ...], size: int) -> int:
     """Channels at once: half a tile's step where that wastes less, or where int8 has to have 32."""
     wide = tile.step // size
     waste = lambda step: sum(-(-c // step) * step for c in channels)
     return wide // 2 if tile.step > 64 and waste(wide // 2) < waste(wide) else wide
 
 
+@functools.lru_cache(1024)
 def splits_of(processors: int, sizes: Sizes, n: int, channels: int) -> int:
     """Parts of the sum that are made side by side; channels: bytes of the segment with the fewest.
 
     A function of one sample's size: its bits do not depend on the batch.
     """
-    tiles = triton.cdiv(sizes.out_height * sizes.out_width, 128) * triton.cdiv(n, 128)
-    steps = sizes.kernel**2 * triton.cdiv(channels, 128)
+    tiles = cdiv(sizes.out_height * sizes.out_width, 128) * cdiv(n, 128)
+    steps = sizes.kernel**2 * cdiv(channels, 128)
     return max(min(processors // tiles, steps // MIN_STEPS, MAX_SPLITS), 1)
 
 
@@ -165,7 +171,7 @@ def box_of(pixels: int, batch: int, height: int, width: int) -> tuple[int, int, 
     """
     powers = [1 << i for i in range(pixels.bit_length())]
     boxes = [(pixels // (r * c), r, c) for r in powers for c in powers if r * c <= pixels]
-    tiles = lambda box: triton.cdiv(batch, box[0]) * triton.cdiv(height, box[1]) * triton.cdiv(width, box[2])
+    tiles = lambda box: cdiv(batch, box[0]) * cdiv(height, box[1]) * cdiv(width, box[2])
     usual = (1, pixels // 16, 16)
     best = min(boxes, key=lambda box: (tiles(box), box[0], abs(box[2] - 2 * box[1])))
     return best if tiles(best) < 0.9 * tiles(usual) else usual
@@ -245,7 +251,7 @@ def _launch(images, scales, weight, padded, weight_scale, finishing, kept, sizes
     if tile.tma:
         box = box_of(tile.pixels, sizes.batch, sizes.out_height, sizes.out_width)
     tiles = _tiles(box, sizes, tile.tma)
-    columns = triton.cdiv(n, tile.columns)
+    columns = cdiv(n, tile.columns)
     weights = [weight, weight[:, taps * padded[0] :]][: len(images)]
     operands = [v for x, w in zip(seen, weights, strict=True) for v in (x, w)]
     if tile.tma:
@@ -279,9 +285,9 @@ def _launch(images, scales, weight, padded, weight_scale, finishing, kept, sizes
 
 def _tiles(box: tuple[int, int, int], sizes: Sizes, tma: bool) -> int:
     if not tma:
-        return triton.cdiv(sizes.batch * sizes.out_height * sizes.out_width, box[2])
+        return cdiv(sizes.batch * sizes.out_height * sizes.out_width, box[2])
     extents = zip((sizes.batch, sizes.out_height, sizes.out_width), box, strict=True)
-    images, rows, columns = (triton.cdiv(extent, side) for extent, side in extents)
+    images, rows, columns = (cdiv(extent, side) for extent, side in extents)
     return images * rows * columns
 
 
@@ -315,8 +321,8 @@ def finish_triton(
     n = out.shape[3]
     pixels, share = out.numel() // n, out.shape[1] * out.shape[2]
     ROWS, COLUMNS = finish_tile(n)
-    columns = triton.cdiv(n, COLUMNS)
-    conv2d_finish_kernel[(triton.cdiv(pixels, ROWS) * columns,)](
+    columns = cdiv(n, COLUMNS)
+    conv2d_finish_kernel[(cdiv(pixels, ROWS) * columns,)](
         *(kept, *scales, weight_scale, bias, emb, residual, out_scale, out, pixels, share, n, columns, splits),
         *(0 if emb is None else emb.stride(0), *(_stride(scale) for scale in scales)),
         ROWS=ROWS,
