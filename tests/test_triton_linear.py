@@ -5,9 +5,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastdiff.kernels import linear_launch, linear_tiles
+from fastdiff.kernels import linear_launch, linear_tiles, tuned
 from fastdiff.kernels.linear_expand import expand
-from fastdiff.kernels.linear_tiles import FEW, TILES, Tile
+from fastdiff.kernels.linear_tiles import FEW, TILES, Product, Tile, many_tile
 from fastdiff.ops import OPS, backend, cublas, linear, linear_w8a8, packing
 from fastdiff.ops.linear_call import quantize_rows
 from fastdiff.ops.linear_int4 import quantized_int4
@@ -130,17 +130,32 @@ def test_blocks_divide_groups():
 @pytest.mark.parametrize("arch", TILES)
 def test_every_shape_has_a_tile(arch):
     """One that exists, and none that leaves most multiprocessors idle where a smaller one would not."""
+    machine = tuned.Machine(arch, 132, "nowhere")
+    choice = lambda rows, columns, *how: many_tile(machine, Product(rows, columns, 1152, torch.int8, *how))
     for rows in (65, 154, 512, 2048, 4608, 75_600):
         for columns in (16, 320, 1152, 3072, 27_648):
             for tma, plain in ((True, True), (False, True), (True, False)):
-                tile = linear_tiles.many_tile(arch, rows, columns, 132, tma, plain)
+                tile = choice(rows, columns, tma, plain)
                 assert tile.tma <= tma and (plain or tile.columns <= 128)
                 assert not tile.tma or any(tile[:5] == known[:5] for known in TILES[arch])
-    assert linear_tiles.many_tile(arch, 75_600, 27_648, 132, True, True) == TILES[arch][0]
-    assert linear_tiles.many_tile(arch, 512, 1152, 132, True, True).rows == 64
+    assert choice(75_600, 27_648) == TILES[arch][0] and choice(512, 1152).rows == 64
     few = [linear_tiles.few_tile(arch, rows, 27_648, 132) for rows in (1, 16, 17, 64, 65)]
     assert [t.rows for t in few] == [16, 16, 32, 64, 64] and all(t in FEW[arch] for t in few)
     assert linear_tiles.few_tile(arch, 2, 1152, 132).columns == 32
+
+
+def test_measured_tiles_come_before_the_tables(monkeypatch):
+    """For all rows up to the next step; a file that names what the tables do not offer chooses nothing."""
+    product = Product(2048, 1280, 5120, torch.int8)
+    assert product.key == product._replace(rows=1537).key != product._replace(rows=1536).key
+    assert product._replace(rows=1025).key == product._replace(rows=1536).key
+    other = TILES[90][3]
+    for wanted, chosen in ((list(other), other), ([7, *other[1:]], None)):
+        monkeypatch.setattr(tuned, "entries", lambda machine, wanted=wanted: {product.key: wanted})
+        many_tile.cache_clear()
+        got = many_tile(tuned.Machine(90, 132, "here"), product)
+        assert got == chosen if chosen else got in TILES[90] and got != other
+    many_tile.cache_clear()
 
 
 def test_descriptors_want_sixteen_bytes():
@@ -193,7 +208,10 @@ def test_tiles_can_be_timed(monkeypatch):
     monkeypatch.setattr(tool, "FLIGHT", 1.0)
     monkeypatch.setattr(tool, "interleave", timed)
     monkeypatch.setitem(TILES, 90, (Tile(32, 64, 32, 4, 2, 2),))
-    seen = list(tool.records(((66, 32, 64),), 90, 132, DEVICE, 0.01, lambda run, device: run))
+    many_tile.cache_clear()
+    seen = list(
+        tool.records(((66, 32, 64),), tuned.Machine(90, 132, "nowhere"), DEVICE, 0.01, lambda run, device: run)
+    )
     assert len(seen) == 2 * len(tool.candidates(90, 70)) == 8
     assert [record["us"] for record in seen] == [0.5, 1.0, 1.5, 2.0] * 2 and seen[3]["chosen"] and seen[7]["chosen"]
     assert "(chosen)" in "".join(tool.line(record) for record in seen)

@@ -1,16 +1,13 @@
 """Chooses how a linear layer is computed and launches it."""
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
-from fastdiff.kernels import linear_tiles
-from fastdiff.kernels.attention_launch import family
+from fastdiff.kernels import linear_tiles, tuned
 from fastdiff.kernels.linear import linear_kernel
 from fastdiff.kernels.linear_expand import expand
-from fastdiff.kernels.linear_tiles import FEW_ROWS, Tile
+from fastdiff.kernels.linear_tiles import FEW_ROWS, Product, Tile
 from fastdiff.kernels.rounding import INTERPRETED
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8}
@@ -97,12 +94,12 @@ def _tile(x, x_stride: int, weight, rows: int, dtype: torch.dtype, grouped: bool
         return linear_tiles.INTERPRETED
     if dtype == torch.float32:
         return linear_tiles.EXACT[rows > linear_tiles.EXACT[0].rows]
-    (arch, processors), columns = machine(x.device), weight.shape[0]
+    machine, columns = tuned.machine_of(x.device.index), weight.shape[0]
     if turned:
-        return linear_tiles.few_tile(arch, rows, columns, processors)
+        return linear_tiles.few_tile(machine.arch, rows, columns, machine.processors)
     same = x.dtype == weight.dtype
     tma = same and allows_descriptor(x, x_stride) and allows_descriptor(weight, weight.shape[1])
-    return linear_tiles.many_tile(arch, rows, columns, processors, tma, same and not grouped)
+    return linear_tiles.many_tile(machine, Product(rows, columns, x.shape[-1], dtype, tma, same and not grouped))
 
 
 def _block(tile: Tile, dtype: torch.dtype, group: int) -> int:
@@ -111,13 +108,6 @@ def _block(tile: Tile, dtype: torch.dtype, group: int) -> int:
     while group and group % block:
         block //= 2
     return block
-
-
-@functools.cache
-def machine(device: torch.device) -> tuple[int, int]:
-    """The architecture whose tables serve a GPU, and how many multiprocessors it has."""
-    properties = torch.cuda.get_device_properties(device)
-    return family((properties.major, properties.minor)), properties.multi_processor_count
 
 
 def allows_descriptor(x: torch.Tensor, stride: int) -> bool:

@@ -1,6 +1,11 @@
 """Which tile of the linear kernel serves a call: tables per architecture, and a choice by how evenly blocks are spread."""
 
+import functools
 from typing import NamedTuple
+
+import torch
+
+from fastdiff.kernels import tuned
 
 
 class Tile(NamedTuple):
@@ -73,21 +78,51 @@ def few_tile(arch: int, rows: int, columns: int, processors: int) -> Tile:
     return tile._replace(columns=tile.columns // 2, warps=tile.warps // 2) if scarce else tile
 
 
-def many_tile(arch: int, rows: int, columns: int, processors: int, tma: bool, plain: bool) -> Tile:
-    """The tile that needs the least time for [rows, columns], by what the busiest multiprocessor has to do.
+class Product(NamedTuple):
+    """Many rows times a weight of `columns`, in 16 or 8 bits.
 
     tma    x and weight allow descriptors
     plain  they are multiplied as they come, and one sum is kept
     """
-    tiles = TILES[arch] if plain and (tma or arch == 80) else [lighter(tile, tma) for tile in TILES[arch][1:]]
-    return min(tiles, key=lambda tile: _time(tile, rows, columns, processors))
+
+    rows: int
+    columns: int
+    K: int
+    dtype: torch.dtype
+    tma: bool = True
+    plain: bool = True
+
+    @property
+    def key(self) -> str:
+        """What products that one measurement speaks for have in common: rows up to the next 2^k or 3 * 2^k."""
+        power = 1 << (self.rows - 1).bit_length()
+        rows = 3 * power // 4 if self.rows <= 3 * power // 4 else power
+        kind = f"{'descriptors' if self.tma else 'pointers'}{'' if self.plain else ', cast or by group'}"
+        return f"linear {str(self.dtype)[6:]}, {kind}: {rows} x {self.K} x {self.columns}"
+
+
+@functools.lru_cache(4096)
+def many_tile(machine: tuned.Machine, product: Product) -> Tile:
+    """The tile that was measured for a product, or else the one that should need the least time.
+
+    That is judged by what the busiest multiprocessor has to do.
+    """
+
+    def time(tile: Tile) -> float:
+        blocks = -(-product.rows // tile.rows) * -(-product.columns // tile.columns)
+        return -(-blocks // machine.processors) * tile.rows * tile.columns / tile.rate
+
+    tiles = tiles_for(machine.arch, product)
+    return tuned.choose(machine.name, product.key, tiles) or min(tiles, key=time)
+
+
+def tiles_for(arch: int, product: Product) -> list[Tile]:
+    """All tiles that can serve a product of many rows."""
+    if product.plain and (product.tma or arch == 80):
+        return list(TILES[arch])
+    return [lighter(tile, product.tma) for tile in TILES[arch][1:]]
 
 
 def lighter(tile: Tile, tma: bool) -> Tile:
     """A tile for loops that need more registers: those of pointers, casts or a second sum."""
     return tile._replace(tma=tile.tma and tma, shared=1)
-
-
-def _time(tile: Tile, rows: int, columns: int, processors: int) -> float:
-    blocks = -(-rows // tile.rows) * -(-columns // tile.columns)
-    return -(-blocks // processors) * tile.rows * tile.columns / tile.rate
