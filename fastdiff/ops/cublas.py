@@ -25,7 +25,10 @@ def refuse_linear(x, weight, out_features, bias, activation, gate, residual, out
 
 
 def run_linear(x, weight, out_features, bias, activation, gate, residual, out_dtype) -> torch.Tensor:
-    """`linear` by cuBLAS. The bias is rounded to the weight's dtype; float32 is TF32 only where torch is told to."""
+    """`linear` by cuBLAS. The bias is rounded to the weight's dtype.
+
+    torch.backends.cuda.matmul decides whether float32 becomes TF32, and whether parts of a sum are rounded to 16 bits.
+    """
     K = x.shape[-1]
     rows = x.as_strided((x.numel() // K, K), (row_stride(x), 1))
     if bias is not None and bias.dtype != weight.dtype:
