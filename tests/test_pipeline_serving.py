@@ -145,3 +145,6 @@ def test_what_is_no_pipeline_is_refused():
         fastdiff.PipelineEngine(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="threads must be an integer >= 1"):
         fastdiff.PipelineEngine(TINY["DiT"].build(), threads=0)
+    for lossy in ({"cache": fastdiff.Cache(0.1)}, {"guidance": fastdiff.AdaptiveGuidance()}):
+        with pytest.raises(ValueError, match="follow one run"):
+            fastdiff.PipelineEngine(fastdiff.accelerate(TINY["DiT"].build(), **lossy))

@@ -132,6 +132,12 @@ def describe(pipe: object) -> PipelineReport:
     return PipelineReport(type(pipe).__name__, parts, left, quantized, guidance, round(done.set_up_s, 3))
 
 
+def follows_one_run(pipe: object) -> bool:
+    """Whether something in an accelerated pipeline's denoiser keeps track of one run: a cache, or adaptive guidance."""
+    done = vars(pipe).get(_STATE)
+    return done is not None and (bool(done.paired) or done.settings.cache is not None)
+
+
 def _parts(pipe: object) -> Iterator[tuple[str, nn.Module]]:
     """What is worth accelerating. Denoisers come last: what fails before has not cost their weights."""
     components = pipe.components

@@ -10,7 +10,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from torch import nn
 
 from fastdiff.engine import EngineReport
-from fastdiff.pipeline.drop_in import DENOISERS, is_pipeline
+from fastdiff.pipeline.drop_in import DENOISERS, follows_one_run, is_pipeline
 from fastdiff.pipeline.joint_calls import JointCalls
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -71,6 +71,10 @@ class PipelineEngine:
         modules = {name: module for name, module in modules.items() if isinstance(module, nn.Module)}
         if not modules:
             raise ValueError(f"PipelineEngine: {type(pipe).__name__} has none of {', '.join(DENOISERS)}")
+        if follows_one_run(pipe):
+            raise ValueError(
+                "PipelineEngine: cache= and guidance= of accelerate follow one run; accelerate it without them"
+            )
         self.pipe, self._own = pipe, threading.local()
         self._lock = threading.Lock()  # guards what follows
         self._open: dict[PipelineRequest, None] = {}  # not done
