@@ -71,17 +71,45 @@ FASTDIFF_ALWAYS void copy_run(const char* in, int64_t stride, char* out, int64_t
   }
 }
 
+// Where rows begin in `in`, one after another: divisions take longer than a row of two elements (patches).
+struct RowCursor {
+  const Copy& c;
+  int64_t at[kCopyDims], offset = 0;
+
+  RowCursor(const Copy& c, int64_t row) : c(c) {
+    for (int d = c.dims - 2; d >= 0; row /= c.size[d--]) {
+      at[d] = row % c.size[d];
+      offset += at[d] * c.stride[d];
+    }
+  }
+
+  void next() {
+    for (int d = c.dims - 2; d >= 0; --d) {
+      offset += c.stride[d];
+      if (++at[d] < c.size[d]) return;
+      offset -= c.size[d] * c.stride[d];
+      at[d] = 0;
+    }
+  }
+};
+
 template <int kIn, int kOut>
-static void copy_rows(const Copy& c, const int64_t* out_stride, int64_t total, bool past) {
+static void copy_rows(const Copy& c, int64_t total, bool past) {
   const int last = c.dims - 1;
   const int64_t n = c.size[last], stride = c.stride[last], chunks = (n + kRun - 1) / kRun, rows = total / n;
   past = past && kOut == kFloat32 && stride == 1 && n % kFloats == 0;
   auto body = [&](int64_t begin, int64_t end) {
+    RowCursor row(c, begin / chunks);
+    int64_t chunk = begin % chunks;
+    char* out = (char*)c.out + begin / chunks * n * size_of(kOut);
     for (int64_t task = begin; task < end; ++task) {
-      const Place p = place(c, out_stride, 1u << last, task / chunks);
-      const int64_t first = task % chunks * kRun, count = n - first < kRun ? n - first : kRun;
-      copy_run<kIn, kOut>((const char*)c.in + (p.in + first * stride) * size_of(kIn), stride,
-                          (char*)c.out + (p.out + first) * size_of(kOut), count, past);
+      const int64_t first = chunk * kRun, count = n - first < kRun ? n - first : kRun;
+      copy_run<kIn, kOut>((const char*)c.in + (row.offset + first * stride) * size_of(kIn), stride, out + first * size_of(kOut),
+                          count, past);
+      if (++chunk < chunks) continue;
+      chunk = 0;
+      row.next();
+      out += n * size_of(kOut);
     }
     _mm_sfence();
   };
@@ -176,7 +204,7 @@ static void copy_as(const Copy& c) {
     if (c.stride[d] == 1) contiguous = d;
   }
   const bool past = total * size_of(kOut) >= kPastCaches && (uintptr_t)c.out % kBytes == 0;
-  if (contiguous < 0 || contiguous == c.dims - 1) return copy_rows<kIn, kOut>(c, out_stride, total, past);
+  if (contiguous < 0 || contiguous == c.dims - 1) return copy_rows<kIn, kOut>(c, total, past);
   copy_transposed<kIn, kOut>(c, out_stride, total, contiguous, past);
 }
 
