@@ -11,7 +11,7 @@ _KEPT, _SHARE = 16384, 1024  # values per step that a range search looks at, and
 
 
 class RangeObserver:
-    """Bounds of a tensor for every step, and a sample of its values for range searches.
+    """Bounds of a tensor for every step, and for range searches some of its values and the extremes of every sample.
 
     Bounds are exact and do not depend on how the samples are cut into batches.
 
@@ -22,33 +22,35 @@ class RangeObserver:
         self.low, self.high = torch.full((steps,), float("inf")), torch.full((steps,), float("-inf"))
         self.count = torch.zeros(steps)
         self._values: list[list[Tensor]] = [[] for _ in range(steps)]
+        self._extremes: list[list[Tensor]] = [[] for _ in range(steps)]
 
     def update(self, x: Tensor, rows: Tensor) -> None:
         """Takes x [B, ...] in; rows [B] or [1] are the steps of its samples."""
         flat = x.detach().float().reshape(x.shape[0], -1)
         rows = (rows.expand(x.shape[0]) if rows.numel() == 1 else rows).cpu()
-        self.low.scatter_reduce_(0, rows, flat.amin(1).cpu(), "amin")
-        self.high.scatter_reduce_(0, rows, flat.amax(1).cpu(), "amax")
+        extremes = torch.stack((flat.amin(1), flat.amax(1)), 1).cpu()  # [B, 2]
+        self.low.scatter_reduce_(0, rows, extremes[:, 0], "amin")
+        self.high.scatter_reduce_(0, rows, extremes[:, 1], "amax")
         self.count.index_add_(0, rows, torch.full(rows.shape, float(flat.shape[1])))
         # a stride that is no multiple of the row length visits all channels and positions
         stride = max(1, flat.shape[1] // _SHARE) | 1
-        for row, values in zip(rows.tolist(), flat[:, ::stride], strict=True):
+        for row, values, ends in zip(rows.tolist(), flat[:, ::stride], extremes, strict=True):
+            self._extremes[row].append(ends)
             if sum(part.numel() for part in self._values[row]) < _KEPT:
                 self._values[row].append(values.cpu().clone())
 
     def table(self, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
         """Scale [S] and zero point [S] (or None) of every step; [1] unless the setting has one range per step."""
-        low, high, count = self.low, self.high, self.count
-        samples = [torch.cat(parts) if parts else torch.zeros(1) for parts in self._values]
+        low, high, count, values, extremes = self.low, self.high, self.count, self._values, self._extremes
         if not spec.per_step:
             low, high, count = low.amin(0, keepdim=True), high.amax(0, keepdim=True), count.sum(0, keepdim=True)
-            samples = [torch.cat(samples)]
+            values, extremes = [sum(values, [])], [sum(extremes, [])]
         if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
             raise ValueError("quantize: a step has no calibration samples, or its activations hold NaN or Inf")
         if spec.range in ("absmax", "signed"):
             return to_scale(low, high, spec)
-        bounds = zip(samples, torch.stack((low, high), 1), count.tolist(), strict=True)
-        fitted = [_fit_sample(sample, bound, seen, spec) for sample, bound, seen in bounds]
+        known = zip(values, extremes, count.tolist(), strict=True)
+        fitted = [_fit_sample(torch.cat(v), torch.cat(e), seen, spec) for v, e, seen in known]
         zero = None if fitted[0][1] is None else torch.cat([z for _, z in fitted])
         return torch.cat([s for s, _ in fitted]), zero
 
@@ -58,16 +60,16 @@ class RangeObserver:
         return float(top.max() / top.min().clamp(min=1e-30))
 
 
-def _fit_sample(sample: Tensor, bounds: Tensor, seen: float, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
-    """Scale [1] and zero point [1] or None for `seen` values, of which a sample and both bounds are known.
+def _fit_sample(values: Tensor, extremes: Tensor, seen: float, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
+    """Scale [1] and zero point [1] or None for `seen` values, of which some and the extremes of every sample are known.
 
-    A bound counts as the one value that it is: with the weight of a sampled one it would decide the search alone.
+    An extreme counts as the one value that it is: with the weight of a drawn one it would decide the search alone.
     """
     if spec.range == "percentile":
-        return fit(sample[None], spec)
-    weights = torch.ones(sample.numel() + 2)
-    weights[-2:] = min(1.0, sample.numel() / seen)
-    return fit(torch.cat((sample, bounds))[None], spec, weights)
+        return fit(values[None], spec)
+    weights = torch.ones(values.numel() + extremes.numel())
+    weights[values.numel() :] = min(1.0, values.numel() / seen)
+    return fit(torch.cat((values, extremes))[None], spec, weights)
 
 
 class ChannelObserver:
