@@ -94,6 +94,16 @@ def test_integer_sums_are_exact_however_they_are_split(tile):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ("3 x 3", "two segments"))
+def test_results_of_codes_have_the_bits_of_the_reference(name):
+    """And so those of the CPU's kernel: sums are exact, and what follows is one sequence of float32 operations."""
+    args = make_int8_call(DESCRIBED[name], torch.int8, torch.float32, True, 5, DEVICE, layout="rows")
+    want = conv2d_w8a8.reference(*args)
+    for tile, splits in ((None, 1), (TMA._replace(step=32), 1), (None, 3)):
+        assert torch.equal(_run(args, tile, splits), want)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("codes", (False, True), ids=("floats", "codes"))
 def test_split_sums_are_as_exact_as_torch(codes):
     for tile in (None, TMA):

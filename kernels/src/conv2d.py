@@ -97,7 +97,7 @@ def conv2d_kernel(
     if x2 is not None:
         if DTYPE == tl.int8:
             if partial_ptr is None:
-                first = scaled(acc, x_scale_ptr, x_scale_stride, sample, exists)
+                first = scaled(acc, x_scale_ptr, x_scale_stride, weight_scale_ptr, sample, exists, column, n)
             else:
                 keep(partial_ptr, acc, split, pixel, exists, column, batch * share, n)
             acc = zeros
@@ -112,13 +112,19 @@ def conv2d_kernel(
         if x2 is not None and DTYPE == tl.int8:
             slot += splits
         keep(partial_ptr, acc, slot, pixel, exists, column, batch * share, n)
+    elif x2 is not None and DTYPE == tl.int8:
+        out = first + scaled(acc, x2_scale_ptr, x2_scale_stride, weight_scale_ptr, sample, exists, column, n)
+        # fmt: off
+        _finish_in_parts(
+            out, None, bias_ptr, emb_ptr, emb_stride, residual_ptr, out_scale_ptr, out_ptr, pixel, sample, exists,
+            first_n, n, PARTS,
+        )
+        # fmt: on
     else:
-        if DTYPE != tl.int8:
-            out = acc
-        elif x2 is not None:
-            out = first + scaled(acc, x2_scale_ptr, x2_scale_stride, sample, exists)
+        if DTYPE == tl.int8:  # times the scale of the outputs in the parts, where it takes fewer registers
+            out = scaled(acc, x_scale_ptr, x_scale_stride, None, sample, exists, column, n)
         else:
-            out = scaled(acc, x_scale_ptr, x_scale_stride, sample, exists)
+            out = acc
         # fmt: off
         _finish_in_parts(
             out, weight_scale_ptr, bias_ptr, emb_ptr, emb_stride, residual_ptr, out_scale_ptr, out_ptr, pixel, sample,
@@ -226,10 +232,13 @@ def _segment(
 
 
 @triton.jit
-def scaled(acc, scale_ptr, stride, sample, exists):
-    """Integer sums times the scale of each pixel's sample."""
+def scaled(acc, scale_ptr, stride, weight_scale_ptr, sample, exists, column, n):
+    """Integer sums times the scale of each pixel's sample and that of each output."""
     scale = tl.load(scale_ptr + sample * stride, mask=exists, other=0.0)
-    return acc.to(tl.float32) * scale[:, None]
+    y = acc.to(tl.float32) * scale[:, None]
+    if weight_scale_ptr is not None:
+        y *= tl.load(weight_scale_ptr + column, mask=column < n, other=0.0)[None, :]
+    return y
 
 
 @triton.jit
@@ -305,13 +314,13 @@ def conv2d_finish_kernel(
     if x_scale_ptr is None:
         y = y.to(tl.float32)
     else:
-        y = scaled(y, x_scale_ptr, x_scale_stride, sample, exists)
+        y = scaled(y, x_scale_ptr, x_scale_stride, weight_scale_ptr, sample, exists, column, n)
     if x2_scale_ptr is not None:
         second = _sum(partial_ptr, splits, splits, pixel, exists, column, pixels, n)
-        y += scaled(second, x2_scale_ptr, x2_scale_stride, sample, exists)
+        y += scaled(second, x2_scale_ptr, x2_scale_stride, weight_scale_ptr, sample, exists, column, n)
     # fmt: off
     finish(
-        y, weight_scale_ptr, bias_ptr, emb_ptr, emb_stride, residual_ptr, out_scale_ptr, out_ptr, pixel, sample, exists,
+        y, None, bias_ptr, emb_ptr, emb_stride, residual_ptr, out_scale_ptr, out_ptr, pixel, sample, exists,
         column, n,
     )
     # fmt: on

@@ -15,7 +15,10 @@ from fastdiff.kernels.row_blocks import tile_of as finish_tile
 _TYPES = {
     torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8,
 }  # fmt: skip
-FINISH_OPTIONS = {"num_warps": 4}
+FINISH_OPTIONS = {
+    "num_warps": 4,
+    "enable_fp_fusion": False,
+}
 MAX_SPLITS, MIN_STEPS = 8, 8  # parts of a sum; steps of each at least
 
 
@@ -44,8 +47,9 @@ class Tile(NamedTuple):
         return min(max(self.pixels * self.columns // (32 * self.warps) // 16, 1), 4)
 
     @property
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+    def options(self) -> dict[str, int | bool]:
+        # multiply-adds stay apart: what follows int8 sums has the bits of the reference with every tile
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
 
 
 class Sizes(NamedTuple):
