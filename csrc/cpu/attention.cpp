@@ -119,12 +119,26 @@ void run_tile(const Plan<Mode>& p, int64_t b, int64_t head, int64_t slot, int64_
   if (t.lse) write_lse<Mode, NV>(t, h, b, head, q0, top, total);
 }
 
+// Starts to bring queries, and the memory of their results, into the second cache: with few keys it is waited for
+// otherwise (Zen 4, 4096 queries of dimension 40, 77 keys: 50 -> 59 % of peak in float32, 60 -> 68 % in bfloat16).
+// Inlined: a call that has no effect but this is left out.
+FASTDIFF_ALWAYS void fetch_queries(const Attention& t, int64_t b, int64_t head, int64_t first, int64_t count) {
+  const int64_t size = size_of(t.type), bytes = t.dim * size;
+  const auto fetch = [&](const char* row, int64_t next) __attribute__((always_inline)) {
+    for (int64_t i = first; i < first + count && i < t.queries; ++i, row += next)
+      for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
+  };
+  fetch(element(t.q, t.type, b, first, head), t.q.token * size);
+  fetch((const char*)t.out + ((b * t.queries + first) * t.heads + head) * bytes, t.heads * bytes);
+}
+
 // Tiles [begin, end) of a group of heads: all tiles of a head, then the next head; or, where the keys and values of a sample
 // stay in the second cache, all heads of a tile, so that whole rows of queries and results are in it.
 template <class Mode>
 void run_tiles(const Plan<Mode>& p, int64_t first_head, int64_t begin, int64_t end) {
   const Attention& t = p.t;
   constexpr int64_t wide = kVectors * kFloats;
+  const bool fetches = p.by_tile && t.queries * t.heads * t.dim * size_of(t.type) > kNear;
   const int64_t tiles = (t.queries + wide - 1) / wide, share = t.heads / t.key_heads;
   const int64_t heads = p.by_tile ? t.heads : 1, per_turn = tiles * heads;
   const auto room = [](int64_t vectors) { return size_t(vectors) * wide * sizeof(float); };
@@ -135,6 +149,7 @@ void run_tiles(const Plan<Mode>& p, int64_t first_head, int64_t begin, int64_t e
     const int64_t q0 = task % per_turn / heads * wide, query_head = task / per_turn * heads + task % heads;
     const int64_t slot = query_head / share, b = (first_head + slot) / t.key_heads;
     const int64_t head = (first_head + slot) % t.key_heads * share + query_head % share;
+    if (fetches) fetch_queries(t, b, head, q0 + wide, wide);
     if (t.queries - q0 <= kFloats) {
       run_tile<Mode, 1>(p, b, head, slot, q0, s);
     } else {

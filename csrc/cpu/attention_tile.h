@@ -128,9 +128,15 @@ FASTDIFF_ALWAYS void transpose(U32 (&rows)[kFloats]) {
 
 constexpr int64_t kEight = 8;  // channels of 16 bytes in bfloat16
 
-// Whether 16 rows from `first` on exist and consist of 16 bytes each of bfloat16.
+// Whether 16 rows from `first` on exist and consist of eights of channels: 16 bytes of bfloat16.
 FASTDIFF_ALWAYS bool is_in_eights(const Attention& t, int64_t first) {
-  return t.type == kBFloat16 && t.dim % kEight == 0 && first + kFloats <= t.queries;
+  return t.dim % kEight == 0 && first + kFloats <= t.queries;
+}
+
+template <int kType>
+FASTDIFF_ALWAYS __m128i load_eight(const char* from) {
+  if constexpr (kType == kBFloat16) return _mm_loadu_si128((const __m128i*)from);
+  return (__m128i)_mm256_cvtneps_pbh(_mm256_loadu_ps((const float*)from));
 }
 
 // Transposes 4 x 4 lanes within each 16 bytes: vector k of rows k, 4 + k, 8 + k, 12 + k becomes unit k of all rows in
@@ -144,14 +150,14 @@ FASTDIFF_ALWAYS void transpose_quarters(__m512i (&v)[4]) {
   v[3] = _mm512_unpackhi_epi64(c, d);
 }
 
-// Units of 16 queries that are bfloat16 already; `next` bytes from one to the next, NV vectors from unit to unit.
-template <int NV>
+// Units of 16 queries of bfloat16 or float32; `next` bytes from one to the next, NV vectors from unit to unit.
+template <int kType, int NV>
 FASTDIFF_ALWAYS void copy_queries(uint32_t* to, const char* from, int64_t next, int64_t dim) {
   for (int64_t d = 0; d < dim; d += kEight) {
     __m512i v[4];
     FASTDIFF_UNROLL for (int k = 0; k < 4; ++k) {
-      const char* row = from + k * next + d * 2;
-      const auto part = [&](int l) { return _mm_loadu_si128((const __m128i*)(row + 4 * l * next)); };
+      const char* row = from + k * next + d * size_of(kType);
+      const auto part = [&](int l) { return load_eight<kType>(row + 4 * l * next); };
       v[k] = _mm512_broadcast_i32x4(part(0));
       v[k] = _mm512_mask_broadcast_i32x4(v[k], 0x00f0, part(1));
       v[k] = _mm512_mask_broadcast_i32x4(v[k], 0x0f00, part(2));
@@ -162,18 +168,23 @@ FASTDIFF_ALWAYS void copy_queries(uint32_t* to, const char* from, int64_t next, 
   }
 }
 
-// value(d) is channel d of 16 rows; they go to `to` as bfloat16, `next` bytes from one to the next.
-template <class Value>
+// value(d) is channel d of 16 rows; they go to `to` as bfloat16 or float32, `next` bytes from one to the next.
+template <int kType, class Value>
 FASTDIFF_ALWAYS void write_eights(char* to, int64_t next, int64_t dim, Value value) {
-  for (int64_t d = 0; d < dim; d += kEight) {
+  constexpr int kChannels = 16 / size_of(kType);  // of 16 bytes
+  for (int64_t d = 0; d < dim; d += kChannels) {
     __m512i v[4];
     FASTDIFF_UNROLL for (int k = 0; k < 4; ++k) {
-      const F32 pair[2] = {value(d + 2 * k), value(d + 2 * k + 1)};
-      v[k] = (__m512i)BrainMode::join(pair);
+      if constexpr (kType == kBFloat16) {
+        const F32 pair[2] = {value(d + 2 * k), value(d + 2 * k + 1)};
+        v[k] = (__m512i)BrainMode::join(pair);
+      } else {
+        v[k] = (__m512i)value(d + k);
+      }
     }
     transpose_quarters(v);
     FASTDIFF_UNROLL for (int k = 0; k < 4; ++k) {
-      char* row = to + k * next + d * 2;
+      char* row = to + k * next + d * size_of(kType);
       _mm_storeu_si128((__m128i*)row, _mm512_castsi512_si128(v[k]));
       _mm_storeu_si128((__m128i*)(row + 4 * next), _mm512_extracti32x4_epi32(v[k], 1));
       _mm_storeu_si128((__m128i*)(row + 8 * next), _mm512_extracti32x4_epi32(v[k], 2));
@@ -199,9 +210,14 @@ static void pack_queries(const Attention& t, const Layout<Mode>& l, int64_t b, i
   }
   for (int j = 0; j < NV; ++j) {
 #if defined(__AVX512F__)
-    if (__is_same(Mode, BrainMode) && sign > 0 && is_in_eights(t, q0 + j * kFloats)) {
+    if (__is_same(Mode, BrainMode) && sign > 0 && t.type != kFloat16 && is_in_eights(t, q0 + j * kFloats)) {
       const char* from = element(t.q, t.type, b, q0 + j * kFloats, head);
-      copy_queries<NV>(to + j * kFloats, from, t.q.token * size_of(kBFloat16), t.dim);
+      const int64_t next = t.q.token * size_of(t.type);
+      if (t.type == kFloat32) {
+        copy_queries<kFloat32, NV>(to + j * kFloats, from, next, t.dim);
+      } else {
+        copy_queries<kBFloat16, NV>(to + j * kFloats, from, next, t.dim);
+      }
       continue;
     }
 #endif
@@ -232,9 +248,14 @@ static void finish(const Attention& t, const Head& h, int64_t b, int64_t head, i
       return (F32)((U32)fused(x, splat(h.value_scale[d]), splat(h.value_mean[d])) & ~(U32)empty);
     };
 #if defined(__AVX512F__)
-    if (is_in_eights(t, q0 + j * kFloats)) {
-      const int64_t next = t.heads * t.dim * size_of(kBFloat16), row = (b * t.queries + q0 + j * kFloats) * t.heads + head;
-      write_eights((char*)t.out + row * t.dim * size_of(kBFloat16), next, t.dim, channel);
+    if (t.type != kFloat16 && is_in_eights(t, q0 + j * kFloats)) {
+      const int64_t head_bytes = t.dim * size_of(t.type), next = t.heads * head_bytes;
+      char* const to = (char*)t.out + (b * t.queries + q0 + j * kFloats) * next + head * head_bytes;
+      if (t.type == kFloat32) {
+        write_eights<kFloat32>(to, next, t.dim, channel);
+      } else {
+        write_eights<kBFloat16>(to, next, t.dim, channel);
+      }
       continue;
     }
 #endif
