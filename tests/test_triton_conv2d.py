@@ -1,5 +1,7 @@
 """Convolutions in Triton beyond the samples of their contracts: descriptors, split sums, exact integers, choices, cuDNN's part."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -106,8 +108,7 @@ def test_results_of_codes_have_the_bits_of_the_reference(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("codes", (False, True), ids=("floats", "codes"))
 def test_split_sums_are_as_exact_as_torch(codes):
-    for tile in (None, TMA):
-        shape = DESCRIBED["two segments"]
+    for tile, shape in itertools.product((None, TMA), (DESCRIBED["two segments"], DESCRIBED["1 x 1"])):
         args = make_call(shape, torch.bfloat16, torch.bfloat16, 1, DEVICE, layout="rows")
         if codes:
             args = make_int8_call(shape, torch.int8, torch.int8, True, 1, DEVICE, layout="rows")

@@ -9,11 +9,11 @@ import triton.language as tl
 
 from fastdiff.kernels.rounding import cast, int8_codes, product
 
-_PLAIN = ["batch", "height", "width", "out_height", "out_width", "share", "pixels", "left", "top", "columns", "splits"]
-_PLAIN += ["x_scale_stride", "x2_scale_stride"]
+_FINISH_PLAIN = ["pixels", "share", "columns", "splits", "x_scale_stride", "x2_scale_stride"]
+_PLAIN = ["batch", "height", "width", "out_height", "out_width", "left", "top", *_FINISH_PLAIN]
 
 
-@triton.jit(do_not_specialize=[name for name in _PLAIN if name != "pixels"])
+@triton.jit(do_not_specialize=_PLAIN)
 def conv2d_kernel(
     x,
     weight,
@@ -33,6 +33,7 @@ def conv2d_kernel(
     width,
     out_height,
     out_width,
+    pixels,
     share,
     channels,
     channels2,
@@ -64,7 +65,7 @@ def conv2d_kernel(
 
     TMA: x is a descriptor of [batch, height, width, channels], and weight of [outputs, taps, channels], and what is outside
     of an image is 0 by itself; else they are pointers, rows of weight `row` elements apart, and a tile is COLUMNS pixels of
-    whatever samples, `share` of one each. x2 and weight2, likewise, are the second segment, or None.
+    whatever samples. `pixels` of all samples come out, `share` of each. x2 and weight2, likewise, are the second segment, or None.
     DTYPE: of the operands; int8 sums are exact, and of each segment by itself. partial_ptr: sums go there, for
     conv2d_finish_kernel, as [segments where int8, splits, pixels, n]. PARTS: of the columns, finished one after another.
     """
@@ -81,7 +82,7 @@ def conv2d_kernel(
     else:
         b0, y0, x0 = 0, 0, 0
         pixel = tile * COLUMNS + m
-        exists = pixel < batch * share
+        exists = pixel < pixels
         b, y, at = pixel // share, pixel % share // out_width * STRIDE, pixel % out_width * STRIDE
     sample, y0, x0, y, at = pixel // share, y0 - top, x0 - left, y - top, at - left
 
@@ -99,7 +100,7 @@ def conv2d_kernel(
             if partial_ptr is None:
                 first = scaled(acc, x_scale_ptr, x_scale_stride, weight_scale_ptr, sample, exists, column, n)
             else:
-                keep(partial_ptr, acc, split, pixel, exists, column, batch * share, n)
+                keep(partial_ptr, acc, split, pixel, exists, column, pixels, n)
             acc = zeros
         # fmt: off
         acc = _segment(
@@ -111,7 +112,7 @@ def conv2d_kernel(
         slot = split
         if x2 is not None and DTYPE == tl.int8:
             slot += splits
-        keep(partial_ptr, acc, slot, pixel, exists, column, batch * share, n)
+        keep(partial_ptr, acc, slot, pixel, exists, column, pixels, n)
     elif x2 is not None and DTYPE == tl.int8:
         out = first + scaled(acc, x2_scale_ptr, x2_scale_stride, weight_scale_ptr, sample, exists, column, n)
         # fmt: off
@@ -283,7 +284,7 @@ def finish(
         tl.store(out_ptr + place, cast(y, out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=_PLAIN)
+@triton.jit(do_not_specialize=_FINISH_PLAIN)
 def conv2d_finish_kernel(
     partial_ptr,
     x_scale_ptr,

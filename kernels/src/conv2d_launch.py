@@ -268,7 +268,8 @@ def _launch(images, scales, weight, padded, weight_scale, finishing, kept, sizes
     channels = [x.shape[3] for x in images] + [0] * (2 - len(images))
     conv2d_kernel[(tiles * columns, splits)](
         *(*operands, *scales, weight_scale, *finishing, kept),
-        *(sizes.batch, sizes.height, sizes.width, sizes.out_height, sizes.out_width, out.shape[1] * out.shape[2]),
+        *(sizes.batch, sizes.height, sizes.width, sizes.out_height, sizes.out_width),
+        *(out.numel() // n, out.shape[1] * out.shape[2]),
         *(*channels, *padded, *[0] * (2 - len(padded)), weight.stride(0), n, sizes.left, sizes.top, columns, splits),
         *(0 if emb is None else emb.stride(0), *(_stride(scale) for scale in scales)),
         KERNEL=sizes.kernel,
