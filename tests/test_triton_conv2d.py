@@ -1,6 +1,7 @@
 """Convolutions in Triton beyond the samples of their contracts: descriptors, split sums, exact integers, choices, cuDNN's part."""
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -93,6 +94,32 @@ def test_integer_sums_are_exact_however_they_are_split(tile):
     for splits in (1, 3):
         got = _run(_integer_call(x, weight, (1, 0, 2, 1)), tile, splits)
         assert torch.equal(got.cpu(), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(16))
+def test_random_calls_are_as_exact_as_torch(seed):
+    """Sizes, segments, tiles and splits that nobody chose: by descriptors with odd seeds, of codes with every other pair."""
+    pick, tma, codes = random.Random(seed).choice, seed % 2 == 1, seed // 2 % 2 == 1
+    kernel, few = pick((1, 1, 2, 3, 5)), range(3)
+    stride, upsample = (1, 1) if tma else (pick((1, 2, 3)), pick((1, 2)))
+    channels = (16, 32, 48) if tma else range(1, 40)
+    shape = (
+        pick((1, 2, 3)),
+        pick(range(kernel, 9)),
+        pick(range(kernel, 9)),
+        pick(channels),
+        pick((0, pick(channels))),
+    )
+    shape += (pick((1, 4, 17, 33, 70)), kernel, stride, tuple(pick(few) for _ in range(4)), upsample)
+    tile = pick((TMA, Tile(32, 16, 64, 4, 1, True))) if tma else pick((None, Tile(32, 32, 64, 4, 1)))
+    kind = (
+        (torch.int8, pick((torch.bfloat16, torch.int8)), True)
+        if codes
+        else pick(((torch.bfloat16,) * 2, (torch.half,) * 2))
+    )
+    args = (make_int8_call if codes else make_call)(shape, *kind, seed=seed, device=DEVICE, layout="rows")
+    _expect_as_exact_as_torch(conv2d_w8a8 if codes else conv2d, args, _run(args, tile, pick((1, 2, 5))))
 
 
 @pytest.mark.slow
