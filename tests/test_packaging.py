@@ -30,7 +30,7 @@ LAYERS = {
     "graph": _MIDDLE,
     "cache": _MIDDLE,
     "temporal": _MIDDLE,
-    "program": _MIDDLE,
+    "program": _MIDDLE | {"graph"},
     "quant": _MIDDLE | {"temporal"},
     "models": _MIDDLE | {"process", "temporal", "program", "cache"},
     "sampler": _LOOP,
