@@ -12,7 +12,7 @@ namespace FASTDIFF_ISA {
 
 constexpr int kWorkspace = 6;
 constexpr int kQuad = 4;                    // pixels that share one load of their channels' parameters
-constexpr int64_t kPanel = 256;             // channels whose sums are in the first cache
+constexpr int64_t kPanel = 1024;            // channels whose sums are in the first cache
 constexpr int64_t kChunk = 1 << 17;         // elements of a chunk
 constexpr int64_t kStage = 2 << 20;         // bytes of samples that are normalized while they are still cached
 
@@ -57,17 +57,17 @@ static float middle(float a, float b, float c) {
   return c < low ? low : c < high ? c : high;
 }
 
-// Large images of short rows. Four of their rows at once are read with half of the memory's speed (Zen 4), unless what
-// comes next is fetched line by line in the order of memory.
+// Large images. Four of their rows at once are read with half of the memory's speed (Zen 4), unless what comes next is
+// fetched line by line in the order of memory.
 static bool is_fetched(const GroupNorm& t, const GroupNorm::Input& x) {
-  constexpr int64_t kPage = 4096;
-  const int64_t row = x.channels * size_of(kFloat32);
-  return x.type == kFloat32 && kQuad * row < kPage && t.batch * t.pixels * row >= kPastCaches;
+  return t.batch * t.pixels * x.channels * size_of(x.type) >= kPastCaches;
 }
 
+// The k-th of the lines that follow those of kQuad vectors.
+template <int kType>
 FASTDIFF_ALWAYS void fetch_ahead(const char* x, int k, int64_t c) {
-  constexpr int64_t kAhead = 2048;
-  prefetch(x + (kQuad * c + k * kFloats) * size_of(kFloat32) + kAhead);
+  constexpr int64_t kAhead = 4096, kLine = 64;
+  if (k * kLine < kQuad * kFloats * size_of(kType)) prefetch(x + kQuad * c * size_of(kType) + k * kLine + kAhead);
 }
 
 // Channel sums of a panel, about each channel's pivot.
@@ -83,7 +83,7 @@ FASTDIFF_ALWAYS void add_pixels(Sums& s, const char* x, int64_t stride, int64_t 
     FASTDIFF_UNROLL
     for (int k = 0; k < kCount; ++k) {
       d[k] = fetch(x + (k * stride + c) * size_of(kType), kType, part) - pivot;
-      if (kFetched) fetch_ahead(x, k, c);
+      if (kFetched) fetch_ahead<kType>(x, k, c);
       e[k] = d[k] * d[k];
     }
     FASTDIFF_UNROLL
@@ -123,7 +123,7 @@ static void add_panel(const char* x, int64_t stride, int64_t pixels, int64_t cha
   for (int64_t c = width; c < padded; ++c) s.pivot[c] = 0.0f;
   int64_t p = 0;
   auto at = [&](int64_t p) { return x + p * stride * size_of(kType); };
-  for (; fetched && p + kQuad <= pixels; p += kQuad) add_pixels<kType, kQuad, kType == kFloat32>(s, at(p), stride, width);
+  for (; fetched && p + kQuad <= pixels; p += kQuad) add_pixels<kType, kQuad, true>(s, at(p), stride, width);
   for (; p + kQuad <= pixels; p += kQuad) add_pixels<kType, kQuad>(s, at(p), stride, width);
   for (; p < pixels; ++p) add_pixels<kType, 1>(s, at(p), stride, width);
   for (int64_t c = 0, g = channel / size; c < width; ++g) {
@@ -220,13 +220,15 @@ struct Finish {
 
   explicit Finish(const GroupNorm& t) : inverse(kOut == kInt8 ? 1.0f / *t.out_scale : 1.0f) {}
 
-  FASTDIFF_ALWAYS F32 value(const Finish& f, F32 y) {
-    if (kSilu) y = silu_as<kOut>(y);
-    return kOut == kInt8 ? y * f.inverse : y;
+  template <class V>
+  FASTDIFF_ALWAYS V value(const Finish& f, V y) {
+    if constexpr (kSilu) y = silu_as<kOut>(y);
+    if constexpr (kOut == kInt8) y = y * f.inverse;
+    return y;
   }
   template <class P>
-  __attribute__((always_inline)) void operator()(void* out, F32 y, bool past, P part) const {
-    put_either(out, value(*this, y), kOut, past && kOut != kInt8, part);
+  FASTDIFF_ALWAYS void write(void* out, F32 value, bool past, P part) {
+    put_either(out, value, kOut, past && kOut != kInt8, part);
   }
 };
 
@@ -252,12 +254,13 @@ FASTDIFF_ALWAYS void apply_pixels(const char* x, int64_t channels, char* out, in
   each_vector(channels, [&](int64_t c, auto part) {
     const F32 mean = fetch(row + c, kFloat32, part), factor = fetch(row + C + c, kFloat32, part);
     const F32 addend = fetch(row + 2 * C + c, kFloat32, part);
+    Group<kCount> y = group<kCount>([&](int k) __attribute__((always_inline)) {
+      if (kFetched) fetch_ahead<kType>(x, k, c);
+      return (fetch(x + (k * channels + c) * size_of(kType), kType, part) - mean) * factor + addend;
+    });
+    y = F::value(finish, y);
     FASTDIFF_UNROLL
-    for (int k = 0; k < kCount; ++k) {
-      const F32 y = (fetch(x + (k * channels + c) * size_of(kType), kType, part) - mean) * factor + addend;
-      if (kFetched) fetch_ahead(x, k, c);
-      finish(out + (k * stride + c) * size_of(F::kOut), y, past, part);
-    }
+    for (int k = 0; k < kCount; ++k) F::write(out + (k * stride + c) * size_of(F::kOut), y.v[k], past, part);
   });
 }
 
@@ -275,7 +278,7 @@ static void apply_input(const GroupNorm& t, const Layout& l, int64_t b, int64_t 
   auto to = [&](int64_t p) { return out + p * C * size_of(kOut); };
   int64_t p = 0;
   for (; fetched && p + kQuad <= end - begin; p += kQuad)
-    apply_pixels<kType, kQuad, kType == kFloat32>(from(p), in.channels, to(p), C, row, C, finish, past);
+    apply_pixels<kType, kQuad, true>(from(p), in.channels, to(p), C, row, C, finish, past);
   for (; p + kQuad <= end - begin; p += kQuad)
     apply_pixels<kType, kQuad>(from(p), in.channels, to(p), C, row, C, finish, past);
   for (; p < end - begin; ++p) apply_pixels<kType, 1>(from(p), in.channels, to(p), C, row, C, finish, past);
@@ -339,9 +342,20 @@ static void run_group(const GroupNorm& t, const Layout& l, int64_t b, int64_t g,
     const float* row = l.of(b) + g * size + i;
     const char* x = element(t.x[0].data, begin + i * t.pixels, kType);
     char* out = element(t.out, begin + i * t.pixels, F::kOut);
-    each_vector(t.pixels, [&](int64_t p, auto part) {
-      const F32 y = (fetch(x + p * size_of(kType), kType, part) - row[0]) * row[C] + row[2 * C];
-      finish(out + p * size_of(F::kOut), y, past, part);
+    auto at = [&](int64_t p, auto part) __attribute__((always_inline)) {
+      return (fetch(x + p * size_of(kType), kType, part) - row[0]) * row[C] + row[2 * C];
+    };
+    int64_t p = 0;
+    for (; p + kGroup * kFloats <= t.pixels; p += kGroup * kFloats) {
+      const Group<kGroup> y =
+          group<kGroup>([&](int k) __attribute__((always_inline)) { return at(p + k * kFloats, Whole()); });
+      const Group<kGroup> z = F::value(finish, y);
+      FASTDIFF_UNROLL
+      for (int k = 0; k < kGroup; ++k)
+        F::write(out + (p + k * kFloats) * size_of(F::kOut), z.v[k], past, Whole());
+    }
+    each_vector(t.pixels - p, [&](int64_t i, auto part) {
+      F::write(out + (p + i) * size_of(F::kOut), F::value(finish, at(p + i, part)), past, part);
     });
   }
 }

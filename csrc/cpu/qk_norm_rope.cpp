@@ -38,17 +38,23 @@ struct Rotation {
 
 constexpr int64_t kAhead = 2 << 10;  // bytes that are fetched ahead of what is written
 
+// Heads whose norms are found before they are written, so that their last sums overlap: bfloat16 takes 4.0 ms instead of
+// 5.4 (4608 tokens, 24 heads of 128, twice; Zen 4). float32 waits for memory.
+template <int kIn>
+constexpr int64_t kTogether = kIn == kFloat32 ? 1 : 32;
+
 // One head of a token: its elements, and what they are multiplied by before they turn.
 template <int kIn>
 struct HeadRow {
   const void* x;
   float factor;
   const float* weight;
+  int64_t ahead;  // bytes to the heads that come after those whose norms are known
 
   template <class P>
   FASTDIFF_ALWAYS F32 at(const HeadRow& h, int64_t i, P part) {
     // while results are written: the sums in front of them leave memory idle otherwise
-    prefetch(element(h.x, i, kIn) + kAhead);
+    prefetch(element(h.x, i, kIn) + h.ahead);
     return fetch(element(h.x, i, kIn), kIn, part) * h.factor * fetch(h.weight + i, kFloat32, part);
   }
 };
@@ -84,11 +90,18 @@ static void run_token(const QkNormRope& t, const float* weight, int64_t b, int64
     widen_row(r.cosine, row_of(t.cosine, b, n, 0), t.cosine.type, t.dim);
     widen_row(r.sine, row_of(t.sine, b, n, 0), t.sine.type, t.dim);
   }
-  for (int64_t h = 0; h < t.heads; ++h) {
-    const void* x = row_of(t.x, b, n, h);
-    const float factor = t.normalizes ? inverse_root(mean_square<kIn>(x, t.dim) + t.eps) : 1.0f;
-    void* out = element(t.out, ((b * t.tokens + n) * t.heads + h) * t.dim, kOut);
-    write_head<kIn, kOut>(t, {x, factor, weight}, r, out, past);
+  constexpr int64_t kCount = kTogether<kIn>;
+  const int64_t next = (t.heads <= kCount ? t.x.stride_n : kCount * t.x.stride_h) * size_of(kIn);
+  const int64_t ahead = kCount == 1 ? kAhead : next;
+  for (int64_t first = 0; first < t.heads; first += kCount) {
+    const int64_t end = first + kCount < t.heads ? first + kCount : t.heads;
+    float factor[kCount];
+    for (int64_t h = first; h < end; ++h)
+      factor[h - first] = t.normalizes ? inverse_root(mean_square<kIn>(row_of(t.x, b, n, h), t.dim) + t.eps) : 1.0f;
+    for (int64_t h = first; h < end; ++h) {
+      void* out = element(t.out, ((b * t.tokens + n) * t.heads + h) * t.dim, kOut);
+      write_head<kIn, kOut>(t, {row_of(t.x, b, n, h), factor[h - first], weight, ahead}, r, out, past);
+    }
   }
 }
 
