@@ -95,7 +95,8 @@ FASTDIFF_ALWAYS void write_row(const Row& row, int64_t n, void* out, bool past, 
 }
 
 constexpr int64_t kKept = 4096;  // channels of normalized rows that fit in the first cache
-constexpr int kTogether = 4;     // rows at most that go through the norm step by step
+constexpr int kTogether = 4;     // short rows that go through the norm step by step; long ones wait for memory instead
+constexpr int64_t kShort = 512;
 
 // The bits of the largest magnitude of a normalized row, which `kept` takes unless it is null.
 template <class Row>
@@ -161,7 +162,7 @@ template <int kType, int kOut, bool kAffine>
 static void run_rows(const NormModulate& t, const Affines& affines) {
   const int64_t C = t.channels, total = t.batch * t.tokens * C;
   const bool past = total * size_of(kOut) >= kPastCaches && C % kFloats == 0 && (uintptr_t)t.out % kBytes == 0;
-  const int64_t together = past || C * 2 > kKept ? 1 : C * kTogether > kKept ? 2 : kTogether;
+  const int64_t together = past || C > kShort ? 1 : kTogether;
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r += together) {
       const int count = int(end - r < together ? end - r : together);
