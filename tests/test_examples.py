@@ -74,10 +74,12 @@ def test_snippet_of_the_readme_runs(number, tmp_path, monkeypatch):
     ):
         pytest.skip("needs diffusers and transformers")
     monkeypatch.chdir(tmp_path)
+    net = _Net().eval()
     names = {
         "fastdiff": fastdiff,
         "torch": torch,
-        "net": _Net().eval(),
+        "net": net,
+        "sampler": fastdiff.Sampler(net, prediction="v"),
         "c": torch.ones(3, 4),
         "null": torch.zeros(3, 4),
     }
