@@ -24,6 +24,6 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE)
 	  echo "no C++ compiler ($$last): using the slow torch reference; apt-get install g++ for the fast kernels"
 	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV) || \
 	  { echo "python3 -m venv failed: apt-get install python3-venv"; exit 2; }
-	@echo "installing into $(VENV), about a minute the first time"
+	@echo "installing into $(VENV), a few minutes the first time"
 	@$(PY) -m pip install --quiet --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
