@@ -30,7 +30,8 @@ def small(monkeypatch):
     monkeypatch.setattr(gpu_ops, "OPS", {name: OPS[name] for name in ("quantize_rows", "solver_step")})
     monkeypatch.setattr(gpu_ops, "FLIGHT", 100.0)
     monkeypatch.setattr("bench.cases.quantize_rows.GPU_SHAPES", ((3, 8),))
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # seconds that the suite's logic does not need
+    # seconds that the suite's logic does not need
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
 def test_ops_with_shapes_have_them_in_their_case_file():
