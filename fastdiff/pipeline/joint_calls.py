@@ -50,7 +50,7 @@ class JointCalls:
         return call.result()
 
     def leave(self) -> None:
-        """Notes that this thread makes no more calls for now: nobody needs to wait for it."""
+        """Notes that this thread is between calls of the pipeline: nobody needs to wait for it."""
         with self._changed:
             self._callers.discard(threading.get_ident())
             self._changed.notify_all()
