@@ -4,7 +4,6 @@ import copy
 import dataclasses
 from types import SimpleNamespace
 
-import diffusers
 import pytest
 import torch
 from quant_networks import NETS, inputs, output, tiny_unet
@@ -228,6 +227,7 @@ def test_ptqd_corrects_the_network_and_can_be_undone():
 
 
 def test_outputs_of_diffusers_are_corrected_in_their_own_form():
+    diffusers = pytest.importorskip("diffusers")
     sizes = dict(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16,), layers_per_block=1)
     blocks = dict(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4)
     net, data = diffusers.UNet2DModel(**sizes, **blocks).eval(), inputs("unet")
